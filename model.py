@@ -1,0 +1,956 @@
+"""Stable Video Diffusion in plain PyTorch: the networks, and how they get on and off the disk.
+
+    UNet         denoiser; spatial layers of an image model, each followed by a temporal one      unet/
+    VAE          pixels <-> latents, 8x smaller; per-frame encoder, temporal decoder               vae/
+    Cond         what the UNet is told about the clip: encode_condition(), unconditional()
+    LoRA         add_lora, merge_lora, save_lora, load_lora
+    load_*       load_unet, load_vae, load_image_encoder: a folder in the diffusers layout, or a hub id
+    save_*       save_unet, save_vae, save_configs: the same layout, opened by diffusers as it is
+
+Attribute names are those of the published checkpoint, so that loading is a strict `load_state_dict` with
+no key mapping. Layout inside the networks is (b f) c h w: frames ride in the batch, and every temporal
+layer regroups them by itself. Letters in shape comments: b clips, f frames, c d channels, h w latent size,
+s positions (h w), n any batch.
+
+Blattmann et al., "Stable Video Diffusion" (arXiv 2311.15127) describes the networks; the parameterisation
+of their output (EDM with v-prediction) is in solver.py.
+"""
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NORM_GROUPS = 32                                   # every GroupNorm of SVD
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used. The message says what, where and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers that UNet and VAE share
+
+
+def sinusoid(x, dim):
+    """Sinusoidal embedding of x [n] -> [n dim]: cosines first, periods from 2 pi to 2 pi 10^4."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
+    angles = x.float()[:, None] * frequencies                                   # n dim/2
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)                      # n dim
+
+
+class MLP(nn.Module):
+    """The two-layer embedding network of noise level, time ids and frame index."""
+
+    def __init__(self, c_in, c_hidden, c_out):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_hidden)
+        self.linear_2 = nn.Linear(c_hidden, c_out)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResBlock(nn.Module):
+    """Residual block of 3x3 convolutions on each frame alone."""
+
+    def __init__(self, c_in, c_out, c_emb=None, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if c_emb:
+            self.time_emb_proj = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x)))                                   # (b f) c h w
+        if emb is not None:                                             # one row per clip, for all its frames
+            shift = self.time_emb_proj(F.silu(emb))                             # b c
+            h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class TemporalConv(nn.Conv3d):
+    """A (3, 1, 1) convolution. Each pixel's history is a row of its own, so it runs as a 2-D convolution."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x):                                                       # b c f s
+        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
+
+
+class TemporalResBlock(nn.Module):
+    """Residual block along time. Its norms see all frames of a clip together."""
+
+    def __init__(self, c, c_emb=None, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, c, eps)
+        self.conv1 = TemporalConv(c, c)
+        if c_emb:
+            self.time_emb_proj = nn.Linear(c_emb, c)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, c, eps)
+        self.conv2 = TemporalConv(c, c)
+
+    def forward(self, x, emb=None):                                             # b c f s
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + rearrange(self.time_emb_proj(F.silu(emb)), "b c -> b c 1 1")
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class TimeMixer(nn.Module):
+    """alpha * spatial + (1 - alpha) * temporal, alpha = sigmoid(mix_factor) learned per layer."""
+
+    def __init__(self, mix_factor):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([float(mix_factor)]))
+
+    def forward(self, spatial, temporal):
+        return torch.lerp(temporal, spatial, self.mix_factor.sigmoid().to(spatial.dtype))
+
+
+class SpatioTemporalResBlock(nn.Module):
+    """ResBlock on frames, TemporalResBlock on pixels, mixed. The decoder of the VAE stores the mixing weight
+    of the temporal branch instead of the spatial one: `mix_is_temporal`."""
+
+    def __init__(self, c_in, c_out, c_emb=None, eps=1e-6, temporal_eps=None, mix_factor=0.5,
+                 mix_is_temporal=False):
+        super().__init__()
+        self.spatial_res_block = ResBlock(c_in, c_out, c_emb, eps)
+        self.temporal_res_block = TemporalResBlock(c_out, c_emb, temporal_eps or eps)
+        self.time_mixer = TimeMixer(mix_factor)
+        self.mix_is_temporal = mix_is_temporal
+
+    def forward(self, x, num_frames, emb=None):
+        x = self.spatial_res_block(x, emb)                                      # (b f) c h w
+        size = x.shape[-2:]
+        spatial = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)
+        temporal = self.temporal_res_block(spatial, emb)                        # b c f s
+        pair = (temporal, spatial) if self.mix_is_temporal else (spatial, temporal)
+        return rearrange(self.time_mixer(*pair), "b c f (h w) -> (b f) c h w", h=size[0])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the middle axis of x [n s c]."""
+
+    def __init__(self, c, num_heads, bias=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(c, c, bias=bias)
+        self.to_k = nn.Linear(c, c, bias=bias)
+        self.to_v = nn.Linear(c, c, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x):
+        q, k, v = (rearrange(layer(x), "n s (a c) -> n a s c", a=self.num_heads)
+                   for layer in (self.to_q, self.to_k, self.to_v))              # n heads s c/heads
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(x, "n a s c -> n s (a c)"))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution with stride 2. padding 1 pads all around (UNet), 0 at bottom and right only (VAE)."""
+
+    def __init__(self, c, padding):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=padding)
+
+    def forward(self, x):
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# UNet
+
+
+class ContextAttention(nn.Module):
+    """Cross-attention to the image embedding, which is a single token.
+
+    The softmax over one key is 1 for every query, so attention returns to_out(to_v(context)) whatever the
+    query: one row per clip instead of one per pixel, exactly. to_q and to_k (and the norm before them) have
+    no influence and no gradient; they stay because the checkpoint holds them.
+    """
+
+    def __init__(self, c, c_context):
+        super().__init__()
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, context):                                                 # b 1 d
+        return self.to_out[0](self.to_v(context))                               # b 1 c
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))      # 1 was a dropout
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class SpatialTransformerBlock(nn.Module):
+    """Attention among the pixels of a frame, then to the image embedding, then feed-forward."""
+
+    def __init__(self, c, num_heads, c_context):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c)
+        self.attn1 = Attention(c, num_heads)
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = ContextAttention(c, c_context)
+        self.norm3 = nn.LayerNorm(c)
+        self.ff = FeedForward(c)
+
+    def forward(self, x, context):                                              # (b f) s c,  b 1 d
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(context).repeat_interleave(len(x) // len(context), 0)    # (b f) 1 c
+        return x + self.ff(self.norm3(x))
+
+
+class TemporalTransformerBlock(SpatialTransformerBlock):
+    """The same along time, each pixel a sequence of its own, with one more feed-forward in front."""
+
+    def __init__(self, c, num_heads, c_context):
+        super().__init__(c, num_heads, c_context)
+        self.norm_in = nn.LayerNorm(c)
+        self.ff_in = FeedForward(c)
+
+    def forward(self, x, context, num_frames):                                  # (b f) s c,  b 1 d
+        size = x.shape[1]
+        x = rearrange(x, "(b f) s c -> (b s) f c", f=num_frames)
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(context).repeat_interleave(size, 0)                  # (b s) 1 c
+        x = x + self.ff(self.norm3(x))
+        return rearrange(x, "(b s) f c -> (b f) s c", s=size)
+
+
+class SpatioTemporalTransformer(nn.Module):
+    """Pairs of spatial and temporal transformer blocks, mixed, around one residual connection."""
+
+    def __init__(self, c, num_heads, num_layers, c_context):
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+        self.proj_in = nn.Linear(c, c)
+        self.transformer_blocks = nn.ModuleList(
+            SpatialTransformerBlock(c, num_heads, c_context) for _ in range(num_layers))
+        self.temporal_transformer_blocks = nn.ModuleList(
+            TemporalTransformerBlock(c, num_heads, c_context) for _ in range(num_layers))
+        self.time_pos_embed = MLP(c, 4 * c, c)
+        self.time_mixer = TimeMixer(0.5)
+        self.proj_out = nn.Linear(c, c)
+
+    def forward(self, x, num_frames, context):                                  # (b f) c h w
+        residual, (height, _), num_clips = x, x.shape[-2:], len(context)
+        frame = torch.arange(num_frames, device=x.device)
+        position = self.time_pos_embed(sinusoid(frame, x.shape[1]).to(x.dtype))             # f c
+        position = repeat(position, "f c -> (b f) 1 c", b=num_clips)
+        x = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))       # (b f) s c
+        for spatial_block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks):
+            x = spatial_block(x, context)
+            x = self.time_mixer(x, temporal_block(x + position, context, num_frames))
+        return residual + rearrange(self.proj_out(x), "n (h w) c -> n c h w", h=height)
+
+
+class UNetBlock(nn.Module):
+    """One resolution of the UNet: residual blocks, each followed by a transformer where the level has them.
+
+    On the way down each layer's output is appended to `skips`; on the way up each layer's input is joined
+    with the last of them.
+    """
+
+    def __init__(self, channels_in, c, c_emb, transformer=None, down=False, up=False, eps=1e-6):
+        """channels_in: input channels of each residual block; transformer: arguments of
+        SpatioTemporalTransformer or None; down, up: ends in a resize by 2."""
+        super().__init__()
+        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, c_emb, eps) for c_in in channels_in)
+        if transformer:
+            self.attentions = nn.ModuleList(SpatioTemporalTransformer(c, *transformer) for _ in channels_in)
+        if down:
+            self.downsamplers = nn.ModuleList([Downsample(c, padding=1)])
+        if up:
+            self.upsamplers = nn.ModuleList([Upsample(c)])
+
+    def layer(self, i, x, num_frames, emb, context):
+        x = self.resnets[i](x, num_frames, emb)
+        return self.attentions[i](x, num_frames, context) if hasattr(self, "attentions") else x
+
+    def down(self, x, skips, num_frames, emb, context):
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, num_frames, emb, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x
+
+    def up(self, x, skips, num_frames, emb, context):
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), num_frames, emb, context)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+class MidBlock(nn.Module):
+    """Bottom of the UNet: residual block, transformer, residual block."""
+
+    def __init__(self, c, c_emb, transformer):
+        super().__init__()
+        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb, eps=1e-5) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatioTemporalTransformer(c, *transformer)])
+
+    def forward(self, x, num_frames, emb, context):
+        x = self.resnets[0](x, num_frames, emb)
+        x = self.attentions[0](x, num_frames, context)
+        return self.resnets[1](x, num_frames, emb)
+
+
+class UNet(nn.Module):
+    """SVD's spatio-temporal UNet. Keyword arguments are the keys of unet/config.json; the defaults are SVD's
+    own, 1,524,623,082 parameters. Settings that SVD's layout has per block may be one number for all."""
+
+    def __init__(
+        self, *, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3,
+        transformer_layers_per_block=1, num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024,
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=768, num_frames=14, sample_size=96,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        channels, depth = list(block_out_channels), len(block_out_channels)
+        layers, transformer_layers, heads, c_context = (
+            [v] * depth if isinstance(v, int) else list(v)
+            for v in (
+                layers_per_block, transformer_layers_per_block, num_attention_heads, cross_attention_dim))
+        per_level = layers, transformer_layers, heads, c_context, down_block_types, up_block_types
+        if any(len(setting) != depth for setting in per_level):
+            raise ModelError(f"block_out_channels has {depth} levels, another setting has more or fewer")
+        if any(c % a for c, a in zip(channels, heads)):
+            raise ModelError(f"num_attention_heads {heads} do not divide block_out_channels {channels}")
+        kinds = {"CrossAttnDownBlockSpatioTemporal": True, "DownBlockSpatioTemporal": False,
+                 "CrossAttnUpBlockSpatioTemporal": True, "UpBlockSpatioTemporal": False}
+        unknown = [kind for kind in (*down_block_types, *up_block_types) if kind not in kinds]
+        if unknown:
+            raise ModelError(f"block type {unknown[0]} is not one of {', '.join(kinds)}")
+        c_first, c_emb = channels[0], 4 * channels[0]
+        transformers = list(zip(heads, transformer_layers, c_context))
+
+        self.conv_in = nn.Conv2d(in_channels, c_first, 3, padding=1)
+        self.time_embedding = MLP(c_first, c_emb, c_emb)
+        self.add_embedding = MLP(projection_class_embeddings_input_dim, c_emb, c_emb)
+
+        # On the way down every layer's output is kept: first conv_in's, then per level one per layer and one
+        # for the downsampler. The way up takes them back in reverse, one layer more per level.
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        c, c_skips = c_first, [c_first]
+        for i, kind in enumerate(down_block_types):
+            last = i == depth - 1
+            self.down_blocks.append(UNetBlock(
+                [c] + [channels[i]] * (layers[i] - 1), channels[i], c_emb, kinds[kind] and transformers[i],
+                down=not last, eps=1e-6 if kinds[kind] else 1e-5))
+            c = channels[i]
+            c_skips += [c] * (layers[i] + (not last))
+        self.mid_block = MidBlock(c, c_emb, transformers[-1])
+        for i, kind in zip(reversed(range(depth)), up_block_types):
+            channels_in = []
+            for _ in range(layers[i] + 1):
+                channels_in.append(c + c_skips.pop())
+                c = channels[i]
+            self.up_blocks.append(UNetBlock(
+                channels_in, c, c_emb, kinds[kind] and transformers[i], up=i > 0))
+
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-5)
+        self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+
+    def forward(self, x, c_noise, image_embeds, time_ids):
+        """Raw output F_x of the network.
+
+        x             b f 8 h w   c_in-scaled noisy latent, then the condition latent; h, w multiples of 8
+        c_noise       b           0.25 ln(sigma)
+        image_embeds  b 1 d       CLIP embedding of the first frame
+        time_ids      b 3         (fps - 1, motion bucket, noise augmentation)
+        returns       b f 4 h w   in the dtype of x, whatever the network computes in
+        """
+        dtype_in, num_frames = x.dtype, x.shape[1]
+        skips, emb, context = self.encode(x, c_noise, image_embeds, time_ids)
+        x = self.mid_block(skips[-1], num_frames, emb, context)
+        for block in self.up_blocks:
+            x = block.up(x, skips, num_frames, emb, context)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 4 h w
+        return rearrange(x, "(b f) c h w -> b f c h w", f=num_frames).to(dtype_in)
+
+    def encode(self, x, c_noise, image_embeds, time_ids):
+        """The way down. Returns the output of every layer on it, (b f) c h w each, and what the blocks that
+        follow need besides: emb [b d] of noise level and ids, context [b 1 d]."""
+        num_clips, num_frames, _, height, width = x.shape
+        stride = 2 ** (len(self.down_blocks) - 1)
+        assert height % stride == 0 and width % stride == 0, \
+            f"latent size {height}x{width}: not a multiple of {stride}"
+        assert image_embeds.shape[:2] == (num_clips, 1), f"image_embeds {[*image_embeds.shape]}: not [b 1 d]"
+        dtype = self.conv_in.weight.dtype
+        x, context = rearrange(x, "b f c h w -> (b f) c h w").to(dtype), image_embeds.to(dtype)
+
+        noise_level = sinusoid(c_noise, self.time_embedding.linear_1.in_features).to(dtype)          # b c
+        ids = sinusoid(rearrange(time_ids, "b n -> (b n)"), self.config["addition_time_embed_dim"])
+        ids = rearrange(ids.to(dtype), "(b n) c -> b (n c)", b=num_clips)
+        emb = self.time_embedding(noise_level) + self.add_embedding(ids)        # b d
+
+        x = self.conv_in(x)                                                     # (b f) c h w
+        skips = [x]
+        for block in self.down_blocks:
+            x = block.down(x, skips, num_frames, emb, context)
+        return skips, emb, context
+
+
+# ---------------------------------------------------------------------------------------------------------
+# VAE
+
+
+class ImageAttention(Attention):
+    """Single-head attention among all pixels of a frame, with norm and residual: the middle of the VAE."""
+
+    def __init__(self, c):
+        super().__init__(c, num_heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+
+    def forward(self, x):                                                       # n c h w
+        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"))
+        return x + rearrange(h, "n (h w) c -> n c h w", h=x.shape[2])
+
+
+class VAELevel(nn.Module):
+    """One resolution of encoder or decoder (or its middle): modules only, the owner runs them."""
+
+    def __init__(self, resnets, attention=None, down=None, up=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attention:
+            self.attentions = nn.ModuleList([ImageAttention(attention)])
+        if down:
+            self.downsamplers = nn.ModuleList([Downsample(down, padding=0)])
+        if up:
+            self.upsamplers = nn.ModuleList([Upsample(up)])
+
+
+class Encoder(nn.Module):
+    """Frames one by one: n 3 H W -> n 2*latent h w."""
+
+    def __init__(self, c_in, c_latent, channels, num_layers):
+        super().__init__()
+        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        c = channels[0]
+        for i, c_out in enumerate(channels):
+            resnets = [ResBlock(c if j == 0 else c_out, c_out) for j in range(num_layers)]
+            self.down_blocks.append(VAELevel(resnets, down=c_out if i < len(channels) - 1 else None))
+            c = c_out
+        self.mid_block = VAELevel([ResBlock(c, c), ResBlock(c, c)], attention=c)
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+        self.conv_out = nn.Conv2d(c, 2 * c_latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            for resnet in level.resnets:
+                x = resnet(x)
+            if hasattr(level, "downsamplers"):
+                x = level.downsamplers[0](x)
+        x = self.mid_block.resnets[0](x)
+        x = self.mid_block.resnets[1](self.mid_block.attentions[0](x))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """All frames of a clip together, so that they do not flicker: (b f) latent h w -> (b f) 3 H W."""
+
+    def __init__(self, c_out, c_latent, channels, num_layers):
+        super().__init__()
+
+        def block(c_in, c):
+            return SpatioTemporalResBlock(c_in, c, temporal_eps=1e-5, mix_factor=0.0, mix_is_temporal=True)
+
+        c = channels[-1]
+        self.conv_in = nn.Conv2d(c_latent, c, 3, padding=1)
+        self.mid_block = VAELevel([block(c, c) for _ in range(num_layers)], attention=c)
+        self.up_blocks = nn.ModuleList()
+        for i, c_level in reversed(list(enumerate(channels))):
+            resnets = [block(c if j == 0 else c_level, c_level) for j in range(num_layers + 1)]
+            self.up_blocks.append(VAELevel(resnets, up=c_level if i > 0 else None))
+            c = c_level
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
+        self.time_conv_out = TemporalConv(c_out, c_out)
+
+    def forward(self, x, num_frames):
+        x = self.conv_in(x)
+        # One attention, between the first two blocks. A checkpoint with more blocks here carries weights
+        # that its reference implementation never runs, and neither do we.
+        x = self.mid_block.resnets[0](x, num_frames)
+        for resnet in self.mid_block.resnets[1:2]:
+            x = resnet(self.mid_block.attentions[0](x), num_frames)
+        for level in self.up_blocks:
+            for resnet in level.resnets:
+                x = resnet(x, num_frames)
+            if hasattr(level, "upsamplers"):
+                x = level.upsamplers[0](x)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 3 H W
+        height = x.shape[2]
+        x = self.time_conv_out(rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames))
+        return rearrange(x, "b c f (h w) -> (b f) c h w", h=height)
+
+
+class VAE(nn.Module):
+    """SVD's autoencoder. Keyword arguments are the keys of vae/config.json; the defaults are SVD's own.
+
+    Latents here are unscaled. Diffusion works on latents * config["scaling_factor"] (unit variance), while
+    the condition latent enters the UNet unscaled.
+    """
+
+    def __init__(
+        self, *, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4, scaling_factor=0.18215,
+        sample_size=768, force_upcast=True,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.encoder = Encoder(in_channels, latent_channels, block_out_channels, layers_per_block)
+        self.decoder = Decoder(out_channels, latent_channels, block_out_channels, layers_per_block)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+
+    def moments(self, frames):
+        """frames [n 3 H W] in [-1, 1] -> mean and log-variance [n 4 h w] of the Gaussian posterior."""
+        stride = 2 ** (len(self.encoder.down_blocks) - 1)
+        assert frames.shape[2] % stride == 0 and frames.shape[3] % stride == 0, \
+            f"frame size {frames.shape[2]}x{frames.shape[3]}: not a multiple of {stride}"
+        moments = self.quant_conv(self.encoder(frames.to(self.quant_conv.weight.dtype)))
+        mean, logvar = moments.to(frames.dtype).chunk(2, dim=1)                 # n 4 h w each
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, frames):
+        """frames [n 3 H W] in [-1, 1] -> mode [n 4 h w], unscaled."""
+        return self.moments(frames)[0]
+
+    def decode(self, latents, num_frames):
+        """latents [n 4 h w] unscaled, n a multiple of num_frames -> frames [n 3 H W], about in [-1, 1]."""
+        assert len(latents) % num_frames == 0, f"{len(latents)} latents: not whole clips of {num_frames}"
+        return self.decoder(latents.to(self.quant_conv.weight.dtype), num_frames).to(latents.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Image conditioning
+
+
+class Cond(NamedTuple):
+    """What the UNet is told about a clip besides the noisy latent."""
+
+    image_embeds: torch.Tensor      # b 1 d      CLIP embedding of the clean image
+    image_latents: torch.Tensor    # b f 4 h w  VAE mode of the noise-augmented image, unscaled, on each frame
+    time_ids: torch.Tensor          # b 3        fps - 1, motion bucket, noise augmentation
+
+
+def unconditional(cond):
+    """The same clip without its image: zero embedding and zero latents, as in SVD's training dropout."""
+    return cond._replace(image_embeds=torch.zeros_like(cond.image_embeds),
+                         image_latents=torch.zeros_like(cond.image_latents))
+
+
+def clip_pixels(images):
+    """images [n 3 H W] in [-1, 1] -> the image encoder's input [n 3 224 224].
+
+    SVD's own resize: the whole image squashed to a square, after a Gaussian blur with standard deviation
+    (factor - 1) / 2 per axis against aliasing, by bicubic interpolation with aligned corners.
+    """
+    for axis, length in ((2, images.shape[2]), (3, images.shape[3])):
+        std = max((length / CLIP_SIZE - 1) / 2, 0.001)
+        taps = int(max(4 * std, 3)) // 2 * 2 + 1
+        offset = torch.arange(taps, device=images.device, dtype=images.dtype) - taps // 2
+        kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0)
+        kernel = kernel.view([taps if i == axis else 1 for i in range(4)]).repeat(images.shape[1], 1, 1, 1)
+        pad = [taps // 2] * 2
+        padded = F.pad(images, pad + [0, 0] if axis == 3 else [0, 0] + pad, mode="reflect")
+        images = F.conv2d(padded, kernel, groups=images.shape[1])
+    images = F.interpolate(images, (CLIP_SIZE, CLIP_SIZE), mode="bicubic", align_corners=True)
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1)
+                 for v in (CLIP_MEAN, CLIP_STD))
+    return ((images + 1) / 2 - mean) / std                                      # n 3 224 224
+
+
+def embed_image(image_encoder, images):
+    """images [n 3 H W] in [-1, 1] -> CLIP embedding [n 1 d]."""
+    embeds = image_encoder(pixel_values=clip_pixels(images).to(image_encoder.dtype)).image_embeds    # n d
+    return embeds[:, None].to(images.dtype)                                     # n 1 d
+
+
+def encode_condition(vae, image_encoder, images, noise, *, num_frames, fps, motion_bucket_id,
+                     noise_aug_strength):
+    """What SVD is told about clips that start with `images`.
+
+    images, noise       b 3 H W   pixels in [-1, 1]; standard normal, added with std `noise_aug_strength`
+    fps                 frames per second; SVD was trained on the number fps - 1
+    motion_bucket_id    1 (still) to 255 (fast); a number, or a tensor [b]
+    """
+    latents = vae.encode(images + noise_aug_strength * noise)                   # b 4 h w, unscaled
+    ids = [torch.as_tensor(v, dtype=torch.float32, device=images.device).expand(len(images))
+           for v in (fps - 1, motion_bucket_id, noise_aug_strength)]
+    return Cond(embed_image(image_encoder, images), repeat(latents, "b c h w -> b f c h w", f=num_frames),
+                torch.stack(ids, dim=1))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LoRA (Hu et al., arXiv 2106.09685)
+
+LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.(0\.proj|2)"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class LoRALinear(nn.Linear):
+    """W x + b + alpha / rank * B A x, with W and b those of the linear layer it takes the place of."""
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)                    # not nn.Linear's: no second weight is allocated
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        factory = dict(bias=False, device=self.weight.device)                  # what trains is fp32
+        self.lora_A = nn.Linear(self.in_features, rank, **factory)
+        self.lora_B = nn.Linear(rank, self.out_features, **factory)
+        nn.init.normal_(self.lora_A.weight, std=1 / rank)
+        nn.init.zeros_(self.lora_B.weight)          # starts as the layer it replaces
+        self.rank, self.alpha = rank, alpha
+
+    def forward(self, x):
+        delta = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
+        return super().forward(x) + self.alpha / self.rank * delta
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        delta = self.lora_B.weight @ self.lora_A.weight * (self.alpha / self.rank)
+        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
+        linear.bias = self.bias
+        return linear
+
+
+def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
+    """Freezes the network and puts a trainable low-rank update beside each linear layer that `targets`
+    names: a regular expression for the end of the path. alpha defaults to rank (scale 1).
+
+    The default is all of attention and feed-forward but attn2.to_q and to_k, which have no influence (see
+    ContextAttention). Returns the network. Raises ModelError if nothing matches.
+    """
+    assert rank > 0, f"rank {rank}: not positive"
+    if lora_layers(unet):
+        raise ModelError("the network has LoRA layers already: merge_lora them first")
+    unet.requires_grad_(False)
+    paths = [path for path, layer in unet.named_modules()
+             if isinstance(layer, nn.Linear) and re.search(rf"(^|\.)({targets})$", path)]
+    if not paths:
+        raise ModelError(f"no linear layer's name ends in {targets!r}: nothing to add LoRA to")
+    for path in paths:
+        layer = unet.get_submodule(path)
+        unet.set_submodule(path, LoRALinear(layer, rank, rank if alpha is None else alpha))
+    return unet
+
+
+def lora_layers(unet):
+    """{path: layer} of the LoRA layers in a network."""
+    return {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoRALinear)}
+
+
+@torch.no_grad()
+def merge_lora(unet):
+    """Folds every update into its layer, in place: same outputs, no extra cost. Returns the network."""
+    for path, layer in lora_layers(unet).items():
+        unet.set_submodule(path, layer.merged())
+    return unet
+
+
+def save_lora(unet, folder):
+    """Writes the update alone, with PEFT's key names: unet.<path>.lora_A.weight and .lora_B.weight."""
+    layers = lora_layers(unet)
+    if not layers:
+        raise ModelError("the network has no LoRA layers to save: call add_lora first")
+    tensors = {f"unet.{path}.lora_{m}.weight": getattr(layer, f"lora_{m}").weight
+               for path, layer in layers.items() for m in "AB"}
+    sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
+    if len(sizes) > 1:
+        raise ModelError(f"LoRA layers of different (rank, alpha) {sorted(sizes)} do not fit one file")
+    (rank, alpha), = sizes
+    settings = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(layers)}
+    write_safetensors(Path(folder) / LORA_FILE, tensors, {"lora_adapter_metadata": json.dumps(settings)})
+
+
+def load_lora(unet, path):
+    """Puts the update saved at `path` (a folder or a .safetensors file) beside the layers of a network.
+    Returns the network. Raises ModelError for a key or shape that does not fit, and then changes nothing."""
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    tensors, metadata = {}, {}
+    for key, tensor in read_safetensors([file], metadata):
+        tensors[key.removeprefix("unet.")] = tensor
+    try:                                                                # PEFT's own files have no prefix
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        settings = {key.removeprefix("unet."): value for key, value in settings.items()}
+        alpha = None if settings.get("lora_alpha") is None else settings["lora_alpha"] + 0
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: its lora_adapter_metadata cannot be read ({error})") from error
+    for setting in ("use_rslora", "alpha_pattern"):               # scales that alpha / rank does not describe
+        if settings.get(setting):
+            raise ModelError(f"{file}: made with {setting}, which is not supported")
+    if not tensors:
+        raise ModelError(f"{file}: no LoRA weights in it")
+    loaded = {}
+    paths = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    layers = {p: m for p, m in unet.named_modules() if isinstance(m, nn.Linear)}
+    for path in paths:
+        pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
+        if path not in layers or None in pair:
+            raise ModelError(f"{file}: {path}.lora_* does not fit a linear layer of this network")
+        shapes = [(len(pair[0]), layers[path].in_features), (layers[path].out_features, len(pair[0]))]
+        found = [tuple(t.shape) for t in pair]
+        if found != shapes:
+            raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
+        loaded[path] = LoRALinear(layers[path], len(pair[0]), len(pair[0]) if alpha is None else alpha)
+        for module, tensor in zip((loaded[path].lora_A, loaded[path].lora_B), pair):
+            module.weight.data.copy_(tensor)
+    if tensors:
+        raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names")
+    for path, layer in loaded.items():
+        unet.set_submodule(path, layer)
+    return unet
+
+
+# ---------------------------------------------------------------------------------------------------------
+# On and off the disk: the diffusers folder layout, safetensors only (nothing here unpickles)
+
+
+def load_unet(path, *, variant=None, revision=None, dtype=torch.float32, device="cpu"):
+    """The UNet at `path`: a folder with config.json and weights, a pipeline folder, or a hub id with a unet/
+    inside. variant: "fp16" reads *.fp16.safetensors. Raises ModelError with what is wrong and what to do."""
+    return load_network(UNet, find_folder(path, "unet", variant, revision), variant, dtype, device)
+
+
+def load_vae(path, *, variant=None, revision=None, dtype=torch.float32, device="cpu"):
+    """Same as load_unet, for vae/."""
+    return load_network(VAE, find_folder(path, "vae", variant, revision), variant, dtype, device)
+
+
+def load_image_encoder(path, *, variant=None, revision=None, dtype=torch.float32, device="cpu"):
+    """Same as load_unet, for image_encoder/: transformers' CLIPVisionModelWithProjection."""
+    from transformers import CLIPVisionModelWithProjection  # here: a slow import that not all need
+    from transformers.utils import logging
+    logging.disable_progress_bar()                                      # a second's work
+    folder = find_folder(path, "image_encoder", variant, revision)
+    weight_files(folder, variant)                                       # our sentence for missing weights
+    try:
+        net, report = CLIPVisionModelWithProjection.from_pretrained(
+            folder, variant=variant, dtype=dtype, use_safetensors=True, local_files_only=True,
+            output_loading_info=True)
+    except Exception as error:                                          # transformers raises many kinds
+        raise ModelError(f"{folder}: cannot be read as a CLIP vision model ({error})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(problem):
+            raise ModelError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[0]}")
+    return net.to(device).eval()
+
+
+def load_network(cls, folder, variant, dtype, device):
+    """Strict load: each key of the checkpoint must be one of the network's, with its shape, and none may be
+    missing. The network is built without memory and takes over the tensors, which are converted one by one
+    while they are read, so there is never a second copy of the whole."""
+    config = read_json(folder / "config.json")
+    try:
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
+        with torch.device("meta"):
+            net = cls(**config)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        what = f"not a configuration of SVD's {cls.__name__}"
+        raise ModelError(f"{folder}/config.json: {what} ({error})") from error
+    expected, tensors = net.state_dict(), {}
+    for key, tensor in read_safetensors(weight_files(folder, variant)):
+        if key not in expected:
+            raise ModelError(f"{folder}: key {key} is not part of the {cls.__name__} in config.json")
+        if tensor.shape != expected[key].shape:
+            raise ModelError(f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for "
+                             f"{tuple(expected[key].shape)}")
+        tensors[key] = tensor.to(device, dtype, copy=True)         # a copy: the file may change under the map
+    missing = [key for key in expected if key not in tensors]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{folder}: key {missing[0]} is missing{more}")
+    net.load_state_dict(tensors, assign=True)
+    return net.eval()
+
+
+def find_folder(path, name, variant, revision):
+    """The local folder of one network. A path that is not a folder here is taken for a hub id, fetched (the
+    named sub-folder alone, into HF_HOME) and kept; with HF_HUB_OFFLINE=1 only what was kept is used."""
+    path = os.fspath(path)
+    local = Path(path)
+    if local.is_dir():
+        for folder in (local / name, local):
+            if (folder / "config.json").is_file():
+                return folder
+        raise ModelError(f"{path}: no {name}/config.json and no config.json in this folder; "
+                         "expected the diffusers layout")
+    if local.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        raise ModelError(f"{path}: no such folder (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    stem = f"{name}/*model.{variant}" if variant else f"{name}/*model"
+    patterns = [f"{name}/config.json", f"{name}/*.index.*json", f"{stem}.safetensors",
+                f"{stem}-*-of-*.safetensors"]
+    try:
+        root = snapshot_download(path, revision=revision, allow_patterns=patterns)
+    except GatedRepoError as error:
+        raise ModelError(f"{path}: access to this model has to be asked for: accept its licence on its hub "
+                         "page, then log in with `hf auth login` or set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{path}: neither a folder here nor a model on the hub that you can see; check the "
+                         "name, or log in with `hf auth login` if it is private") from error
+    except Exception as error:                                      # offline, proxy, revision, malformed name
+        raise ModelError(f"{path}: no such folder here, and the hub cannot be reached or does not have it "
+                         f"({type(error).__name__}); give a local folder, or go online once") from error
+    folder = Path(root) / name
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{path}: this model has no {name}/config.json (the copy in HF_HOME may be partial: "
+                         "go online once); expected the diffusers layout")
+    return folder
+
+
+def weight_files(folder, variant):
+    """The .safetensors files of one network: a single one, or all of its shards."""
+    found = {}                                                          # (variant, number of shards) -> files
+    for file in sorted(folder.glob("*.safetensors")):
+        match = re.fullmatch(r"(diffusion_pytorch_)?model(\.(\w+))?(-\d+-of-(\d+))?\.safetensors", file.name)
+        if match:
+            found.setdefault((match[3], int(match[5] or 1)), []).append(file)
+    for (kind, count), files in sorted(found.items(), key=lambda item: item[0][1]):
+        if kind == variant:
+            if len(files) < count:
+                raise ModelError(f"{folder}: {len(files)} of {count} weight shards are there: fetch all")
+            return files
+    others = sorted(str(kind) for kind, _ in found if kind)
+    pickles = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern))
+    raise ModelError(
+        f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
+        + f"; there are {', '.join(others)} ones: ask for that variant" * bool(others)
+        + f"; {', '.join(pickles)} is a pickle, which can run code: convert it" * bool(pickles))
+
+
+def read_safetensors(files, metadata=None):
+    """Yields (key, tensor), mapped from disk; updates `metadata` with that of the files."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                if metadata is not None:
+                    metadata.update(tensors.metadata() or {})
+                for key in tensors.keys():
+                    yield key, tensors.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: not a readable safetensors file ({error}): fetch it again") from error
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not a readable JSON file ({error})") from error
+
+
+def save_unet(unet, folder, dtype=None):
+    """Writes config.json and diffusion_pytorch_model.safetensors, which diffusers'
+    UNetSpatioTemporalConditionModel.from_pretrained opens. dtype: convert the weights on the way."""
+    save_network(unet, folder, "UNetSpatioTemporalConditionModel", dtype)
+
+
+def save_vae(vae, folder, dtype=None):
+    """Same as save_unet, for AutoencoderKLTemporalDecoder."""
+    save_network(vae, folder, "AutoencoderKLTemporalDecoder", dtype)
+
+
+def save_network(net, folder, class_name, dtype):
+    if lora_layers(net):
+        raise ModelError("the network has LoRA layers: merge_lora it first, or save_lora the update alone")
+    tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in net.state_dict().items()}
+    write_safetensors(Path(folder) / "diffusion_pytorch_model.safetensors", tensors)
+    head = {"_class_name": class_name, "_diffusers_version": "0.24.0.dev0"}
+    write_json(Path(folder) / "config.json", head | net.config)
+
+
+def save_configs(folder):
+    """What has no weights in a pipeline folder: model_index.json, scheduler/, feature_extractor/."""
+    folder = Path(folder)
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": "0.24.0.dev0",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"]})
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.24.0.dev0", "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+        "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
+        "set_alpha_to_one": False, "sigma_max": 700.0, "sigma_min": 0.002, "skip_prk_steps": True,
+        "steps_offset": 1, "timestep_spacing": "leading", "timestep_type": "continuous",
+        "trained_betas": None, "use_karras_sigmas": True})
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", {
+        "crop_size": {"height": CLIP_SIZE, "width": CLIP_SIZE}, "do_center_crop": True,
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "CLIPImageProcessor",
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": CLIP_SIZE}})
+
+
+def write_safetensors(file, tensors, metadata=None):
+    """Writes to a temporary name and renames: whoever stops half-way leaves the earlier file as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part,
+              {"format": "pt", **(metadata or {})})
+    os.replace(part, file)
+
+
+def write_json(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, file)
