@@ -1,0 +1,121 @@
+"""The detector, the Frechet distance, and train_toy.py from nothing to a pipeline, interrupted or not."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import data
+import evaluate
+import model
+
+TINY = ["--quick", "--device", "cpu", "--vae_steps", "2", "--image_encoder_steps", "4",
+        "--dinov2_steps", "2", "--i3d_steps", "2", "--unet_steps", "2",
+        "--log_every", "1", "--num_frames", "4", "--report_clips", "4"]
+
+
+def train_toy(folder, *flags):
+    command = [sys.executable, "train_toy.py", *TINY, "--output_dir", str(folder), *flags]
+    return subprocess.run(command, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True)
+
+
+def test_frechet_distance_of_known_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, generator=generator, dtype=torch.float64)
+    assert evaluate.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0, 3.0])
+    assert evaluate.frechet_distance(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-6)
+    # For commuting covariances the distance is that of the standard deviations. Whiten first,
+    # so that the sample moments are exact.
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    std = torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0, 0.0])
+    assert evaluate.frechet_distance(x, x * std) == pytest.approx((1 - std).square().sum().item(), rel=1e-6)
+    few = torch.randn(4, 20, generator=generator)                   # singular covariances
+    assert evaluate.frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
+    assert evaluate.frechet_distance(x, x * 2 + 1) == pytest.approx(evaluate.frechet_distance(x * 2 + 1, x))
+
+
+def test_detector_on_and_off_the_disk(tmp_path):
+    detector = evaluate.VideoClassifier(data.NUM_ATTRIBUTES, channels=(8, 8, 16, 16), size=32).eval()
+    evaluate.save_detector(detector, tmp_path / "i3d")
+    loaded = evaluate.load_detector(tmp_path / "i3d")
+    pixels = torch.rand(2, 3, 6, 32, 32) * 255
+    with torch.no_grad():
+        logits = loaded(pixels, rescale=True, resize=True, return_features=True)
+        assert logits.shape == (2, data.NUM_ATTRIBUTES)
+        assert torch.equal(logits, detector(pixels))
+        torch.testing.assert_close(loaded(pixels / 127.5 - 1, rescale=False), logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded(pixels, return_features=False), logits.sigmoid())
+        assert loaded(torch.rand(1, 3, 14, 50, 40) * 255).shape == (1, data.NUM_ATTRIBUTES)     # resized
+    frames = torch.rand(3, 6, 3, 32, 32) * 2.4 - 1.2
+    features = evaluate.video_features(loaded, frames, batch_size=2)
+    torch.testing.assert_close(features, evaluate.video_features(loaded, frames), rtol=1e-4, atol=1e-5)
+
+
+def test_torchscript_detector(tmp_path):
+    class Means(nn.Module):                                         # I3D's signature
+        def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = True):
+            return x.mean(dim=[2, 3, 4])
+
+    torch.jit.script(Means()).save(str(tmp_path / "i3d_torchscript.pt"))
+    detector = evaluate.load_detector(tmp_path / "i3d_torchscript.pt")
+    features = evaluate.video_features(detector, torch.ones(2, 4, 3, 8, 8))
+    assert torch.equal(features, torch.full((2, 3), 255.0))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    run = train_toy(folder)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def test_all_stages_make_folders_that_load(toy):
+    unet, vae, image_encoder = model.load_unet(toy), model.load_vae(toy), model.load_image_encoder(toy)
+    detector = evaluate.load_detector(toy / "i3d")
+    from transformers import Dinov2Model
+    dino = Dinov2Model.from_pretrained(toy / "dinov2")
+    frames = data.toy_clips(0, torch.arange(1), 4, 64).frames
+    with torch.no_grad():
+        latents = vae.encode(frames[0])[None]
+        cond = model.encode_condition(
+            vae, image_encoder, frames[:, 0], torch.zeros(1, 3, 64, 64), num_frames=4, fps=data.FPS,
+            motion_bucket_id=127, noise_aug_strength=0.02)
+        x = torch.cat((latents, cond.image_latents), dim=2)
+        F_x = unet(x, torch.zeros(1), cond.image_embeds, cond.time_ids)
+        tokens = dino(pixel_values=torch.zeros(1, 3, 126, 126)).last_hidden_state
+    assert F_x.shape == latents.shape == (1, 4, 4, 8, 8) and tokens.shape == (1, 82, 96)
+    assert evaluate.video_features(detector, frames).shape == (1, data.NUM_ATTRIBUTES)
+    assert all(F_x.isfinite().flatten()) and vae.config["scaling_factor"] != 0.18215
+    for name in ("model_index.json", "scheduler/scheduler_config.json",
+                 "feature_extractor/preprocessor_config.json"):
+        json.loads((toy / name).read_text())
+    assert not list((toy / ".train").glob("*.safetensors"))         # checkpoints of finished stages are gone
+
+
+def test_report(toy):
+    report = json.loads((toy / ".train" / "report.json").read_text())
+    assert [row["steps"] for row in report["teacher"]] == [25, 8, 2, 1, 25, 8]
+    assert set(report["stages"]) == {"vae", "image_encoder", "dinov2", "i3d", "unet"}
+    assert report["vae_psnr"] > 0
+    for name in ("reconstructions", "samples"):
+        assert (toy / ".train" / f"report_{name}.png").stat().st_size > 0
+    log = [json.loads(line) for line in (toy / "train_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if entry["stage"] == "unet" and "loss" in entry] == [1, 2]
+
+
+def test_interrupted_training_goes_on_where_it_stopped(toy, tmp_path):
+    run = train_toy(tmp_path, "--stages", "image_encoder", "--time_limit", "0")
+    assert run.returncode == 3 and "stopped after step 1 of 4" in run.stdout
+    assert not (tmp_path / "image_encoder").exists()
+    other = train_toy(tmp_path, "--stages", "image_encoder", "--image_encoder_lr", "0.1")
+    assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
+    run = train_toy(tmp_path, "--stages", "image_encoder")
+    assert run.returncode == 0, run.stderr
+    whole, parts = (load_file(folder / "image_encoder" / "model.safetensors") for folder in (toy, tmp_path))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

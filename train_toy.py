@@ -1,0 +1,432 @@
+"""Makes the embedded default from nothing: five small networks with SVD's architecture and file layout,
+trained on the toy world of data.py. What they are for, in the order in which they are trained:
+
+    vae             pixels <-> latents, 8x smaller, with a temporal decoder
+    image_encoder   CLIP's architecture; here it learns to list what the first frame shows
+    dinov2          DINOv2's architecture, for the discriminator (see the honest note)
+    i3d             a video classifier, whose logits the toy FVD compares
+    unet            the teacher: EDM v-prediction on cached latents, the image dropped 1 time in 10
+    report          no training: how good all of it is, as JSON, and pictures to look at
+
+    python train_toy.py                                     # everything, into assets/toy
+    python train_toy.py --quick --output_dir /tmp/toy       # the same code in a CPU minute, to see it run
+    python train_toy.py --stages unet report --overwrite    # one stage anew
+
+Stop it (Ctrl-C, --time_limit) and start it again as you like: a batch is a pure function of (seed, step), a
+checkpoint holds all there is, and a stage whose folder is written is not trained again. With little memory,
+lower the batch sizes.
+
+The honest note: the network in dinov2/ has DINOv2's architecture but not its self-distillation. It is taught
+what the renderer knows: the CLS token lists the scene, and each patch token tells which shapes cover it, its
+mean colour and its local contrast, on pictures half of which are blurred, so that its features feel blur.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+from transformers.utils import logging
+
+import data
+import evaluate
+import model
+import solver
+
+# ---- config ---------------------------------------------------------------------------------------------
+
+STEPS = {"vae": (14000, 48, 1e-3), "image_encoder": (4000, 256, 5e-4), "dinov2": (8000, 256, 1e-3),
+         "i3d": (8000, 64, 1e-3), "unet": (3000, 128, 5e-4)}           # steps, batch size, peak learning rate
+QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32, 64], num_clips=32,
+             report_clips=8, log_every=5, vae_batch_size=8, image_encoder_batch_size=8, dinov2_batch_size=4,
+             i3d_batch_size=4, unet_batch_size=4) | {f"{stage}_steps": 12 for stage in STEPS}
+
+parser = argparse.ArgumentParser(description="Train the toy checkpoints from scratch.", allow_abbrev=False,
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+flag = parser.add_argument
+flag("--output_dir", type=Path, default="assets/toy", help="pipeline folder to write; checkpoints in .train/")
+flag("--stages", nargs="+", choices=[*STEPS, "report"], default=[*STEPS, "report"], help="done in this order")
+flag("--quick", action="store_true", help="tiny networks, few steps, useless results; other flags win")
+flag("--overwrite", action="store_true", help="train the chosen stages anew, whatever is there of them")
+flag("--seed", type=int, default=0, help="of the world and of all that is drawn; held-out clips have another")
+flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+flag("--size", type=int, default=128, help="height and width of the clips")
+flag("--num_frames", type=int, default=14, help="frames per clip")
+flag("--vae_channels", type=int, nargs=4, default=[32, 64, 96, 96], help="per level, multiples of 32")
+flag("--unet_channels", type=int, nargs=3, default=[64, 96, 96], help="per level, multiples of 32")
+for stage, (steps, batch_size, lr) in STEPS.items():
+    flag(f"--{stage}_steps", type=int, default=steps, help=f"optimisation steps of {stage}")
+    flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (frames, for vae) per step")
+    flag(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
+flag("--num_clips", type=int, default=40000, help="clips that unet is trained on, rendered and encoded once")
+flag("--ema_decay", type=float, default=0.999, help="of the weight average, which is what gets saved")
+flag("--log_every", type=int, default=50, help="steps between log lines")
+flag("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
+flag("--time_limit", type=float, default=math.inf, help="seconds until it saves and exits with status 3")
+flag("--log", type=Path, help="JSON lines: stage, step, loss, seconds (default: OUTPUT_DIR/train_log.jsonl)")
+flag("--report", type=Path, help="JSON; pictures go beside it (default: OUTPUT_DIR/.train/report.json)")
+flag("--report_clips", type=int, default=512, help="held-out clips that the report measures")
+if parser.parse_known_args()[0].quick:
+    parser.set_defaults(**QUICK)
+args = parser.parse_args()
+
+device, start = torch.device(args.device), time.time()
+work = args.output_dir / ".train"
+log_file, report_file = args.log or args.output_dir / "train_log.jsonl", args.report or work / "report.json"
+for folder in (work, log_file.parent, report_file.parent):
+    folder.mkdir(parents=True, exist_ok=True)
+held_out = args.seed + data.HELD_OUT
+torch.set_float32_matmul_precision("high")
+torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+half = torch.bfloat16 if device.type == "cuda" else torch.float32          # what networks compute in
+logging.disable_progress_bar()
+
+stop = []                                   # a signal asks; the loop ends the step it is in, saves, and exits
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+
+def log(**entry):
+    with open(log_file, "a") as file:
+        file.write(json.dumps({**entry, "seconds": round(time.time() - start, 2)}) + "\n")
+
+
+# ---- what the stages share ------------------------------------------------------------------------------
+
+
+def wanted(stage):
+    if stage in args.stages and args.overwrite:
+        (work / f"{stage}.safetensors").unlink(missing_ok=True)
+    torch.manual_seed(args.seed)            # a stage's first weights do not depend on which stages ran before
+    return stage in args.stages and (args.overwrite or not (args.output_dir / stage / "config.json").exists())
+
+
+def train(stage, net, loss_of):
+    """Adam with warm-up and cosine on loss_of(step, generator), which must depend on nothing but the weights
+    and its arguments. On a GPU the network computes in bf16, in a copy of the fp32 weights that Adam moves.
+    Leaves the averaged weights in `net`. Resumes from, and may exit after, a checkpoint."""
+    steps, batch_size, lr = (getattr(args, f"{stage}_{name}") for name in ("steps", "batch_size", "lr"))
+    names, copies = zip(*net.named_parameters())
+    weights = [nn.Parameter(p.detach().float().clone()) for p in copies]
+    averages = [p.detach().clone() for p in weights]
+    net.to(half)
+    optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    settings = str([args.seed, args.size, args.num_frames, args.num_clips, args.ema_decay, steps, batch_size,
+                    lr, [tuple(p.shape) for p in weights]])
+    checkpoint, first, moments, metadata = work / f"{stage}.safetensors", 0, ("exp_avg", "exp_avg_sq"), {}
+    if checkpoint.exists():
+        tensors = dict(model.read_safetensors([checkpoint], metadata))
+        if metadata["settings"] != settings:
+            parser.error(f"{checkpoint} has other settings: repeat them, or start over with --overwrite")
+        first = int(metadata["step"])
+        with torch.no_grad():
+            for name, p, average in zip(names, weights, averages):
+                p.copy_(tensors["net." + name])
+                average.copy_(tensors["ema." + name])
+            torch._foreach_copy_(copies, weights)
+        optimizer.load_state_dict({"param_groups": optimizer.state_dict()["param_groups"], "state": {
+            i: {"step": torch.tensor(float(first))} | {m: tensors[f"{m}.{name}"] for m in moments}
+            for i, name in enumerate(names) if f"{moments[0]}.{name}" in tensors}})
+
+    generator, warmup = torch.Generator(device), max(1, min(200, steps // 10))
+    losses = torch.zeros((), device=device)
+    net.train()
+    for step in tqdm(range(first, steps), stage, initial=first, total=steps, disable=None, mininterval=1):
+        generator.manual_seed((args.seed * 1_000_003 + step) * len(STEPS) + list(STEPS).index(stage))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = loss_of(step, generator)
+        loss.backward()
+        for p, copy in zip(weights, copies):
+            p.grad, copy.grad = None if copy.grad is None else copy.grad.float(), None
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(copies, weights)
+        decay = min(args.ema_decay, (step + 1) / (step + 10))      # short at first: forget the random weights
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+        losses += loss.detach()
+        if (step + 1) % args.log_every == 0:                         # the one place that waits for the device
+            log(stage=stage, step=step + 1, loss=losses.item() / args.log_every)
+            losses.zero_()
+        stopping = stop or time.time() - start > args.time_limit
+        if stopping or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
+            tensors = {f"{m}.{n}": optimizer.state[p][m] for n, p in zip(names, weights)
+                       for m in moments if p in optimizer.state}        # no gradient ever, no moments
+            for prefix, values in (("net", weights), ("ema", averages)):
+                tensors |= {f"{prefix}.{name}": value for name, value in zip(names, values)}
+            model.write_safetensors(checkpoint, tensors, {"step": str(step + 1), "settings": settings})
+        if stopping:
+            print(f"{stage}: stopped after step {step + 1} of {steps}; run the same command again to go on")
+            raise SystemExit(3)
+    with torch.no_grad():
+        torch._foreach_copy_(net.float() and copies, averages)
+    net.eval()
+
+
+def publish(stage, save, **metrics):
+    """Put a finished stage where it belongs, whole or not at all; its checkpoint has done its duty."""
+    part, folder = work / f"{stage}.part", args.output_dir / stage
+    save(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    (work / f"{stage}.safetensors").unlink(missing_ok=True)
+    log(stage=stage, finished=True, **metrics)
+    print(f"{stage}: finished at {time.time() - start:.0f} s,", metrics, flush=True)
+
+
+def clips(seed, first, count, num_frames=args.num_frames):
+    """Clips `first`, `first` + 1, ... of a world, on the device."""
+    return data.toy_clips(seed, torch.arange(count, device=device) + first, num_frames, args.size, device)
+
+
+def f1(logits, labels):
+    """Harmonic mean of precision and recall, over all yes-or-no answers together."""
+    yes, labels = logits > 0, labels > 0
+    return (2 * (yes & labels).sum() / (yes.sum() + labels.sum()).clamp(min=1)).item()
+
+
+def psnr(decoded, frames):
+    """In dB, for values in [-1, 1]."""
+    return 10 * math.log10(4 / (decoded.float().clamp(-1, 1) - frames).square().mean().item())
+
+
+# ---- vae ------------------------------------------------------------------------------------------------
+
+if wanted("vae"):
+    vae = model.VAE(
+        block_out_channels=args.vae_channels, layers_per_block=1, sample_size=args.size).to(device)
+    with torch.no_grad():                               # begin with little noise on the latents
+        vae.quant_conv.bias[vae.config["latent_channels"]:] = -6
+
+    def vae_loss(step, generator):
+    # Single frames fill a batch with the most different scenes; the temporal decoder learns from whole clips.
+        num_frames = (1, 1, min(8, args.num_frames), 1, 1, args.num_frames)[step % 6]
+        count = max(1, args.vae_batch_size // num_frames)
+        first = step * args.vae_batch_size
+        frames = clips(args.seed, first, count, num_frames).frames.flatten(0, 1)            # (b f) 3 H W
+        mean, logvar = vae.moments(frames)                                                  # (b f) 4 h w each
+        noise = torch.randn(mean.shape, generator=generator, device=device)
+        decoded = vae.decode(mean + (0.5 * logvar).exp() * noise, num_frames)               # (b f) 3 H W
+        error = decoded - frames
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()      # what a mean blurs first
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return error.abs().mean() + 4 * error.square().mean() + 2 * edges + 1e-5 * kl
+
+    train("vae", vae, vae_loss)
+    with torch.no_grad():                               # the factor gives diffusion its unit variance
+        frames = clips(held_out, 0, 16).frames.flatten(0, 1)                                # (b f) 3 H W
+        quality = psnr(vae.decode(vae.encode(frames), args.num_frames), frames)
+        latents = vae.encode(clips(args.seed, 0, 64).frames.flatten(0, 1))
+    vae.config["scaling_factor"] = round(1 / latents.std().item(), 5)
+    publish("vae", lambda folder: model.save_vae(vae, folder, torch.float16), psnr=quality,
+            scaling_factor=vae.config["scaling_factor"])
+
+# ---- image_encoder --------------------------------------------------------------------------------------
+
+EMBED_DIM = 64                                          # of the image embedding, the UNet's cross-attention
+
+if wanted("image_encoder"):
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, hidden_act="gelu",
+        image_size=model.CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
+    net = nn.ModuleDict({"encoder": clip, "head": nn.Linear(EMBED_DIM, data.NUM_STATIC)}).to(device)
+
+    def list_scene(seed, first, count):
+        batch = clips(seed, first, count, num_frames=1)
+        embeds = clip(pixel_values=model.clip_pixels(batch.frames[:, 0])).image_embeds              # b d
+        return net["head"](embeds).float(), batch.attributes[:, :data.NUM_STATIC]                   # b k each
+
+    train("image_encoder", net, lambda step, generator: F.binary_cross_entropy_with_logits(
+        *list_scene(args.seed, step * args.image_encoder_batch_size, args.image_encoder_batch_size)))
+    with torch.no_grad():
+        quality = f1(*list_scene(held_out, 0, args.report_clips))
+    publish("image_encoder", lambda folder: clip.half().save_pretrained(folder), f1=quality)
+
+# ---- dinov2 ---------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)              # what DINOv2 expects
+GRID, PATCH = 9, 14
+
+if wanted("dinov2"):
+    dino = Dinov2Model(Dinov2Config(hidden_size=96, num_hidden_layers=12, num_attention_heads=3,
+                                    image_size=GRID * PATCH, patch_size=PATCH))
+    net = nn.ModuleDict({"backbone": dino, "scene": nn.Linear(96, data.NUM_STATIC),     # both heads: not kept
+                         "patch": nn.Linear(96, len(data.KINDS) + 4)}).to(device)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def describe(images):                               # b 3 H W -> scene logits b k, patches b k 9 9
+        pixels = F.interpolate(images, (GRID * PATCH,) * 2, mode="bilinear", antialias=True)
+        tokens = dino(pixel_values=(pixels / 2 + 0.5 - mean) / std).last_hidden_state               # b p d
+        scene, patches = net["scene"](tokens[:, 0]), net["patch"](tokens[:, 1:])
+        return scene.float(), rearrange(patches.float(), "b (h w) k -> b k h w", h=GRID)
+
+    def dinov2_loss(step, generator):
+        batch = clips(args.seed, step * args.dinov2_batch_size, args.dinov2_batch_size, num_frames=1)
+        images = blurred = batch.frames[:, 0]                                           # b 3 H W
+        for _ in range(3):                              # three boxes are nearly a Gaussian
+            blurred = F.avg_pool2d(F.pad(blurred, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+        amount = torch.rand(len(images), generator=generator, device=device) * 2 - 1
+        images = images.lerp(blurred, amount.clamp(min=0)[:, None, None, None])
+        covers = F.one_hot(batch.kind_map[:, 0].long(), len(data.KINDS) + 1)[..., 1:]   # b H W k
+        edges = F.pad(images.diff(dim=3).abs(), (0, 1)) + F.pad(images.diff(dim=2).abs(), (0, 0, 0, 1))
+        contrast = 5 * edges.mean(dim=1, keepdim=True)                                 # b 1 H W, about 0 to 1
+        target = torch.cat((rearrange(covers.float(), "b h w k -> b k h w"), images, contrast), dim=1)
+        scene, patches = describe(images)
+        return F.binary_cross_entropy_with_logits(scene, batch.attributes[:, :data.NUM_STATIC]) \
+            + (patches - F.adaptive_avg_pool2d(target, GRID)).abs().mean()
+
+    train("dinov2", net, dinov2_loss)
+    with torch.no_grad():
+        batch = clips(held_out, 0, args.report_clips, num_frames=1)
+        quality = f1(describe(batch.frames[:, 0])[0], batch.attributes[:, :data.NUM_STATIC])
+    publish("dinov2", lambda folder: dino.half().save_pretrained(folder), f1=quality)
+
+# ---- i3d ------------------------------------------------------------------------------------------------
+
+if wanted("i3d"):
+    detector = evaluate.VideoClassifier(data.NUM_ATTRIBUTES, size=args.size).to(device)
+
+    def i3d_loss(step, generator):
+        batch = clips(args.seed, step * args.i3d_batch_size, args.i3d_batch_size)
+        logits = detector(rearrange(batch.frames, "b f c h w -> b c f h w"), rescale=False)
+        return F.binary_cross_entropy_with_logits(logits.float(), batch.attributes)
+
+    train("i3d", detector, i3d_loss)
+    publish("i3d", lambda folder: evaluate.save_detector(detector, folder, torch.float16))
+
+# ---- unet -----------------------------------------------------------------------------------------------
+
+if wanted("unet"):
+    vae = model.load_vae(args.output_dir, dtype=half, device=device)
+    image_encoder = model.load_image_encoder(args.output_dir, dtype=half, device=device)
+    unet = model.UNet(
+        block_out_channels=args.unet_channels, layers_per_block=1, cross_attention_dim=EMBED_DIM,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
+        num_attention_heads=[c // 32 for c in args.unet_channels], addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96, num_frames=args.num_frames,
+        sample_size=args.size // 8).to(device)
+
+    # Whatever the steps have in common is computed once. The condition is the same on each frame: keep one.
+    generator, cache = torch.Generator(device).manual_seed(args.seed), []
+    for i in tqdm(range(0, args.num_clips, 64), "latents", disable=None):
+        batch = clips(args.seed, i, 64)
+        image, frames = batch.frames[:, 0], batch.frames.flatten(0, 1)                  # b 3 H W, (b f) 3 H W
+        strength = (-3 + 0.5 * torch.randn(64, generator=generator, device=device)).exp()    # b, SVD's choice
+        noise = torch.randn(image.shape, generator=generator, device=device)
+        with torch.no_grad():
+            image = torch.cat((frames, image + strength[:, None, None, None] * noise))  # (b f) + b 3 H W
+            latents, image_latents = vae.encode(image).bfloat16().tensor_split([len(frames)])
+            latents = rearrange(latents, "(b f) c h w -> b f c h w", b=64)
+            embeds = model.embed_image(image_encoder, batch.frames[:, 0])               # b 1 d
+        fps = torch.full_like(strength, data.FPS - 1)
+        time_ids = torch.stack((fps, batch.motion_bucket_id, strength), dim=1)          # b 3
+        cache.append((latents, embeds, image_latents, time_ids))
+    latents, image_embeds, image_latents, time_ids = map(torch.cat, zip(*cache))
+    scaling_factor = vae.config["scaling_factor"]
+    del cache, vae, image_encoder
+
+    def unet_loss(step, generator):
+        b = args.unet_batch_size
+        pick = torch.randint(len(latents), (b,), generator=generator, device=device)        # b
+        normal = torch.randn(b, generator=generator, device=device)                         # b
+        ramp, coin, keep = torch.rand(3, b, generator=generator, device=device)             # b each
+        # Most noise levels where the future is decided; the rest cover the grid: sampling starts at its top.
+        low, high = solver.SIGMA_MIN ** (1 / solver.RHO), solver.SIGMA_MAX ** (1 / solver.RHO)
+        on_grid = (high + ramp * (low - high)) ** solver.RHO                                # b
+        sigma = torch.where(coin < 0.8, (0.5 + 1.4 * normal).exp(), on_grid)[:, None, None, None, None]
+        c_skip, c_out, c_in, c_noise = solver.precondition(sigma)
+        x0 = latents[pick].float() * scaling_factor                                         # b f c h w
+        x_t = x0 + sigma * torch.randn(x0.shape, generator=generator, device=device)
+
+        keep = (keep > 0.1).float()[:, None, None]      # else no image at all: what guidance compares with
+        image = repeat(image_latents[pick].float() * keep[..., None], "b c h w -> b f c h w", f=x0.shape[1])
+        F_x = unet(torch.cat((c_in * x_t, image), dim=2), c_noise.flatten(), image_embeds[pick] * keep,
+                   time_ids[pick])                                                          # b f c h w
+        # A plain mean on the raw output is SVD's weight (1 + sigma^2) / sigma^2 on the denoised latent.
+        return F.mse_loss(F_x, (x0 - c_skip * x_t) / c_out)
+
+    train("unet", unet, unet_loss)
+    publish("unet", lambda folder: model.save_unet(unet, folder, torch.float16))
+    del latents
+
+model.save_configs(args.output_dir)
+
+# ---- report ---------------------------------------------------------------------------------------------
+
+
+def batched(function, *tensors, batch_size=32):
+    with torch.no_grad():
+        return torch.cat([function(*parts) for parts in zip(*(x.split(batch_size) for x in tensors))])
+
+
+if "report" in args.stages:
+    vae, unet, image_encoder = (load(args.output_dir, dtype=half, device=device) for load in (
+        model.load_vae, model.load_unet, model.load_image_encoder))
+    detector = evaluate.load_detector(args.output_dir / "i3d", device)
+    f, num, scaling_factor = args.num_frames, args.report_clips, vae.config["scaling_factor"]
+    to_clips = lambda x: rearrange(x.float(), "(b f) c h w -> b f c h w", f=f)
+    encode = lambda frames: to_clips(vae.encode(frames.flatten(0, 1))) * scaling_factor            # b f 4 h w
+    decode = lambda x: to_clips(vae.decode(x.flatten(0, 1) / scaling_factor, f)).clamp(-1, 1)      # b f 3 H W
+    sharpness = lambda frames: frames[:, -1].diff(dim=-1).abs().mean().item()
+    fvd = lambda frames: evaluate.frechet_distance(features_real, evaluate.video_features(detector, frames))
+    picture = lambda name, frames: Image.fromarray(data.contact_sheet(frames).numpy()).save(
+        report_file.with_name(f"{report_file.stem}_{name}.png"))
+
+    generator = torch.Generator(device).manual_seed(args.seed)
+    draw = lambda x: torch.randn(x.shape, generator=generator, device=device)
+    real = clips(held_out, 0, num)
+    decoded = batched(decode, batched(encode, real.frames))                                        # b f 3 H W
+    with torch.no_grad():
+        cond = model.encode_condition(
+            vae, image_encoder, real.frames[:, 0], draw(real.frames[:, 0]), num_frames=f, fps=data.FPS,
+            motion_bucket_id=real.motion_bucket_id, noise_aug_strength=0.02)
+    features_real = evaluate.video_features(detector, real.frames)
+    scene, motion = (f1(*pair) for pair in zip(*(x.tensor_split([data.NUM_STATIC], dim=1)
+                                                 for x in (features_real, real.attributes))))
+    report = {"clips": num, "vae_psnr": psnr(decoded, real.frames), "scaling_factor": scaling_factor,
+              "i3d_f1": {"scene": scene, "motion": motion}, "fvd_real": fvd(clips(held_out, num, num).frames),
+              "fvd_reconstructed": fvd(decoded), "teacher": []}
+    picture("reconstructions", torch.stack((real.frames[:6], decoded[:6]), dim=1).flatten(0, 1))
+
+    rows = [decoded[:4]]                            # per clip: real, three of its futures in 25 steps, 1 step
+    guided = torch.linspace(1, 2, f, device=device)[:, None, None, None]                            # f 1 1 1
+    for steps, guidance in ((25, None), (8, None), (2, None), (1, None), (25, guided), (8, guided)):
+        sigmas, samples = solver.strided(solver.karras_sigmas(solver.NUM_SIGMAS), steps), []
+        for seed in range(3 if rows[1:] == [] else 2):
+            generator.manual_seed(seed)
+            x0 = batched(lambda noise, *cond: solver.solve(
+                unet, noise * sigmas[0], sigmas, model.Cond(*cond), guidance),
+                draw(cond.image_latents), *cond)                                                   # b f 4 h w
+            samples.append(batched(decode, x0))                                                    # b f 3 H W
+        report["teacher"].append({
+            "steps": steps, "guidance": guidance is not None and "1 to 2", "fvd": fvd(samples[0]),
+            "sharpness": sharpness(samples[0]) / sharpness(decoded),
+            "seed_difference": (samples[0] - samples[1]).abs().mean().item()})
+        print(report["teacher"][-1], flush=True)
+        if guidance is None and steps in (25, 1):
+            rows += [x[:4] for x in samples[:3 if steps > 1 else 1]]
+    picture("samples", torch.stack(rows, dim=1).flatten(0, 1))
+    # What the stages found out about themselves; their heads are gone.
+    entries = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+    report["stages"] = {entry.pop("stage"): entry for entry in entries if entry.get("finished")}
+    model.write_json(report_file, report)
+
+total = 0
+for file in sorted(args.output_dir.glob("*/*.safetensors")):
+    numbers = sum(tensor.numel() for _, tensor in model.read_safetensors([file]))
+    total += file.stat().st_size
+    print(f"{file.parent.name:15s} {numbers:11,d} parameters {file.stat().st_size / 1e6:8.2f} MB")
+print(f"{'together':15s} {'':22s} {total / 1e6:8.2f} MB")
