@@ -1,0 +1,345 @@
+"""The discriminator: frozen features of a video, and small trainable heads that judge them.
+
+    upsample_normalize      latents -> the backbone's input size, ImageNet-normalised, in one kernel
+    SpatialHead             Conv2d -> ResBlock2d -> Conv2d, each frame alone               (b f) c h w
+    TemporalHead            Conv1d -> ResBlock1d -> Conv1d, each place alone               (b h w) c f
+    DinoFeatures            frozen DINOv2; what it looks at is the paper's main idea, `kind`:
+        latent              the latents themselves, 4 -> 3 channels and upsampled: no VAE decoder (default)
+        subpixel            the same through a sub-pixel convolution (version 2 of the paper, Appendix D)
+        pixel               frames decoded by the VAE, as in ADD (arXiv 2311.17042)
+    UNetFeatures            frozen encoder of the diffusion UNet, as in SF-V (arXiv 2406.04324): kind `unet`
+    Discriminator           features and a pair of heads per level: latents [b f c h w] -> logits [b k]
+
+OSV, arXiv 2409.11367, section 4.1 and Figs. 3 and 4. A spatial head sees no motion and a temporal head no
+shape: with spatial heads alone the generator learns to repeat the first frame.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from model import ModelError
+from solver import precondition
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                 # not on this platform: the PyTorch expression does it all
+    triton = None
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TOY_DINO = Path(__file__).resolve().parent / "assets" / "toy" / "dinov2"
+
+# ---------------------------------------------------------------------------------------------------------
+# Upsample + normalise
+#
+# Bilinear weights are a product of a row's and a column's. Output row Y looks at the place
+# y = max(0, (Y + 1/2) h / H - 1/2) among the input rows: (1 - lam) of row floor(y) and lam of the next one,
+# which is the same one at the lower border. Columns alike. Then (value - mean) / std of the channel.
+
+if triton:
+
+    @triton.jit
+    def _source(Y, scale, h):
+        """Output rows (or columns) Y -> input row y0, its neighbour y1 and the share lam of the neighbour."""
+        y = tl.maximum((Y.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+        y0 = tl.minimum(y.to(tl.int32), h - 1)
+        return y0, tl.minimum(y0 + 1, h - 1), y - y0.to(tl.float32)
+
+    @triton.jit
+    def _of_channel(plane, a, b, c):
+        channel = plane % 3
+        return tl.where(channel == 0, a, tl.where(channel == 1, b, c))
+
+    @triton.jit
+    def _forward_kernel(x, out, h, w, H, W, scale_y, scale_x, mean0, mean1, mean2, std0, std1, std2,
+                        BLOCK: tl.constexpr):
+        """One program: all output rows between two neighbouring input rows, BLOCK columns of one plane.
+
+        The two input rows are read and stretched sideways once; the output rows are mixtures of the two, so
+        what remains per output pixel is one multiplication, one addition and the write.
+        """
+        row, plane = tl.program_id(0) % (h + 1) - 1, tl.program_id(0) // (h + 1)
+        mean, std = _of_channel(plane, mean0, mean1, mean2), _of_channel(plane, std0, std1, std2)
+        x += plane.to(tl.int64) * h * w                         # a plane fits 32 bits, a batch may not
+        out += plane.to(tl.int64) * H * W
+        X = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = X < W
+        x0, x1, lam = _source(X, scale_x, w)
+        above, below = tl.maximum(row, 0) * w, tl.minimum(row + 1, h - 1) * w
+        above = tl.load(x + above + x0, inside, 0.0).to(tl.float32) * (1 - lam) \
+            + tl.load(x + above + x1, inside, 0.0).to(tl.float32) * lam
+        below = tl.load(x + below + x0, inside, 0.0).to(tl.float32) * (1 - lam) \
+            + tl.load(x + below + x1, inside, 0.0).to(tl.float32) * lam
+        # Rows that look between `row` and `row + 1`; -1 stands for the places above the first row.
+        first = tl.ceil((row + 0.5) / scale_y - 0.5).to(tl.int32)
+        last = tl.ceil((row + 1.5) / scale_y - 0.5).to(tl.int32)
+        first, last = tl.maximum(first, 0), tl.minimum(last, H)
+        first = tl.where(row < 0, 0, first)
+        last = tl.where(row == h - 1, H, last)
+        for k in range(0, last - first):
+            Y = first + k
+            lam_y = (Y + 0.5) * scale_y - 0.5 - row
+            value = above + (below - above) * lam_y
+            tl.store(out + Y * W + X, ((value - mean) / std).to(out.dtype.element_ty), inside)
+
+    @triton.jit
+    def _backward_kernel(grad, grad_x, h, w, H, W, scale_y, scale_x, std0, std1, std2,
+                         TAPS: tl.constexpr, BLOCK: tl.constexpr):
+        """One program: BLOCK neighbouring input pixels of one row. Each gathers the gradients of the output
+        pixels that looked at it, so nothing is written twice and the order of the sum is fixed."""
+        row, plane = tl.program_id(0) % h, tl.program_id(0) // h
+        grad += plane.to(tl.int64) * H * W
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        # Column j is looked at from within (j - 1, j + 1); TAPS output columns from the first on hold all.
+        first = tl.ceil((j - 0.5) / scale_x - 0.5).to(tl.int32) - 1
+        first = tl.where(j == 0, 0, tl.maximum(first, 0))
+        X = first[:, None] + tl.arange(0, TAPS)[None]           # BLOCK TAPS
+        x0, x1, lam = _source(X, scale_x, w)
+        weight = tl.where(x0 == j[:, None], 1 - lam, 0.0) + tl.where(x1 == j[:, None], lam, 0.0)
+        inside = (X < W) & (j < w)[:, None]
+        top = tl.where(row == 0, 0, tl.maximum(tl.ceil((row - 0.5) / scale_y - 0.5).to(tl.int32) - 1, 0))
+        bottom = tl.minimum(tl.floor((row + 1.5) / scale_y - 0.5).to(tl.int32) + 2, H)
+        bottom = tl.where(row == h - 1, H, bottom)
+        total = tl.zeros((BLOCK, TAPS), tl.float32)
+        for k in range(0, bottom - top):
+            Y = top + k
+            y0, y1, lam_y = _source(Y, scale_y, h)
+            weight_y = tl.where(y0 == row, 1 - lam_y, 0.0) + tl.where(y1 == row, lam_y, 0.0)
+            total += weight_y * tl.load(grad + Y * W + X, inside, 0.0).to(tl.float32)
+        std = _of_channel(plane, std0, std1, std2)
+        value = tl.sum(tl.where(inside, total * weight, 0.0), axis=1) / std
+        tl.store(grad_x + (plane.to(tl.int64) * h + row) * w + j, value.to(grad_x.dtype.element_ty), j < w)
+
+
+class FusedUpsampleNormalize(torch.autograd.Function):
+    """The kernels, on CUDA tensors (and on CPU tensors in Triton's interpreter, as CI runs them)."""
+
+    @staticmethod
+    def forward(ctx, x, size, mean, std, dtype):
+        (n, c, h, w), (H, W) = x.shape, size
+        assert c == 3 and max(h * w, H * W) < 2 ** 31, \
+            f"[{n} {c} {h} {w}] -> {H}x{W}: not 3 channels, or too large"
+        ctx.shape, ctx.dtype, ctx.size, ctx.std = x.shape, x.dtype, size, std
+        out = x.new_empty((n, c, H, W), dtype=dtype)
+        if n:
+            block = min(512, triton.next_power_of_2(W))
+            _forward_kernel[(n * c * (h + 1), triton.cdiv(W, block))](
+                x.contiguous(), out, h, w, H, W, h / H, w / W, *mean, *std, BLOCK=block, num_warps=4)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (n, c, h, w), (H, W) = ctx.shape, ctx.size
+        grad_x = grad.new_empty(ctx.shape, dtype=ctx.dtype)
+        if n:
+            taps = triton.next_power_of_2(math.ceil(2 * W / w) + 4)
+            block = max(1, min(triton.next_power_of_2(w), 1024 // taps))
+            _backward_kernel[(n * c * h, triton.cdiv(w, block))](
+                grad.contiguous(), grad_x, h, w, H, W, h / H, w / W, *ctx.std,
+                TAPS=taps, BLOCK=block, num_warps=4)
+        return grad_x, None, None, None, None
+
+
+def upsample_normalize(x, size, mean, std, dtype=None):
+    """Bilinear resize (align_corners=False, no antialiasing) to size (H, W), then (value - mean) / std.
+
+    x [n 3 h w], fp32, fp16 or bf16, any strides -> [n 3 H W] contiguous, in `dtype` (default: that of x); the
+    arithmetic is fp32. mean, std: three numbers each. Up or down, any sizes. On CUDA it is one Triton kernel
+    forward and one backward, bitwise repeatable; elsewhere, and in fp64, it is the PyTorch expression.
+    """
+    dtype = dtype or x.dtype
+    if triton and x.is_cuda and x.dtype != torch.float64:
+        return FusedUpsampleNormalize.apply(x, tuple(size), tuple(mean), tuple(std), dtype)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    mean, std = (torch.tensor(v, dtype=compute, device=x.device).view(3, 1, 1) for v in (mean, std))
+    if not len(x):                                  # interpolate refuses an empty batch
+        return x[:, :, :1, :1].expand(0, 3, *size).to(dtype)
+    return ((F.interpolate(x.to(compute), tuple(size), mode="bilinear") - mean) / std).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Heads
+
+
+class Head(nn.Module):
+    """conv -> norm -> LeakyReLU -> residual block -> conv to one logit per place. Spectral norm on each
+    convolution bounds how steep the judgement gets; there is no batch statistic in it, so a clip's logits do
+    not depend on its neighbours."""
+
+    def __init__(self, conv, c, width, kernel):
+        super().__init__()
+        pad = kernel // 2
+        self.conv_in = spectral_norm(conv(c, width, 1))
+        self.norm_in = nn.GroupNorm(math.gcd(width, 8), width)
+        self.conv_res = spectral_norm(conv(width, width, kernel, padding=pad))
+        self.norm_res = nn.GroupNorm(math.gcd(width, 8), width)
+        self.conv_out = spectral_norm(conv(width, 1, kernel, padding=pad))
+
+    def forward(self, x):
+        x = F.leaky_relu(self.norm_in(self.conv_in(x)), 0.2)
+        x = (x + F.leaky_relu(self.norm_res(self.conv_res(x)), 0.2)) * 0.5 ** 0.5       # keeps the variance
+        return self.conv_out(x)
+
+
+class SpatialHead(Head):
+    """Judges each frame alone: (b f) c h w -> b k."""
+
+    def __init__(self, c, width):
+        super().__init__(nn.Conv2d, c, width, kernel=3)
+
+    def forward(self, x, num_frames):
+        return rearrange(super().forward(x), "(b f) 1 h w -> b (f h w)", f=num_frames)
+
+
+class TemporalHead(Head):
+    """Judges the history of each place alone: (b f) c h w -> (b h w) c f -> b k."""
+
+    def __init__(self, c, width):
+        super().__init__(nn.Conv1d, c, width, kernel=7)
+
+    def forward(self, x, num_frames):
+        size = x.shape[-2:]
+        x = rearrange(x, "(b f) c h w -> (b h w) c f", f=num_frames)
+        return rearrange(super().forward(x), "(b h w) 1 f -> b (f h w)", h=size[0], w=size[1])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Features
+
+
+def load_dino(path=TOY_DINO):
+    """DINOv2 of any size through transformers: a folder, or a hub id such as facebook/dinov2-small."""
+    from transformers import Dinov2Model
+    try:
+        return Dinov2Model.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be loaded as a DINOv2 model ({error})") from error
+
+
+class DinoFeatures(nn.Module):
+    """Latents -> feature maps of a frozen DINOv2 at five depths.
+
+    backbone        transformers' Dinov2Model
+    kind            "latent", "subpixel" or "pixel": see the top of this file
+    vae             for "pixel": the VAE whose decoder makes frames of latents; frozen too
+    resolution      pixels: the backbone sees a picture of about this area in the video's aspect ratio, each
+                    side a multiple of the patch size
+    """
+
+    SUBPIXEL = 4                                    # upscaling of the sub-pixel convolution (v2, Appendix D)
+
+    def __init__(self, backbone, kind="latent", in_channels=4, vae=None, resolution=None):
+        super().__init__()
+        assert kind in ("latent", "subpixel", "pixel"), f"kind {kind!r}: not latent, subpixel or pixel"
+        assert (vae is not None) == (kind == "pixel"), \
+            f"kind {kind!r} {'needs a' if vae is None else 'has no'} vae"
+        self.backbone, self.kind, self.vae = backbone, kind, vae
+        config = backbone.config
+        self.patch, self.resolution = config.patch_size, resolution or min(config.image_size, 224)
+        # Blocks 2, 5, 8, 11 of 12 and the patch embedding before them; the same fractions of another depth.
+        self.levels = [0] + [round(config.num_hidden_layers * (i + 1) / 4) for i in range(4)]
+        self.channels = [config.hidden_size] * len(self.levels)
+        if kind == "latent":
+            self.to_rgb = nn.Conv2d(in_channels, 3, 1)
+        elif kind == "subpixel":
+            self.to_rgb = nn.Sequential(nn.Conv2d(in_channels, 3 * self.SUBPIXEL ** 2, 3, padding=1),
+                                        nn.PixelShuffle(self.SUBPIXEL))
+
+    def size_for(self, height, width):
+        """Frame height and width -> what the backbone sees."""
+        scale = self.resolution / math.sqrt(height * width) / self.patch
+        return tuple(max(1, round(side * scale)) * self.patch for side in (height, width))
+
+    def forward(self, latents, cond=None):          # b f c h w; cond is for other features
+        num_frames = latents.shape[1]
+        x = rearrange(latents, "b f c h w -> (b f) c h w")
+        if self.kind == "pixel":
+            x = self.vae.decode(x / self.vae.config["scaling_factor"], num_frames)              # (b f) 3 H W
+        else:
+            x = self.to_rgb(x)                                                                  # (b f) 3 h w
+        # Values are taken to be in [-1, 1], the backbone was trained on [0, 1]: folded into mean and std.
+        mean, std = ([2 * v - 1 for v in IMAGENET_MEAN], [2 * v for v in IMAGENET_STD])
+        frames = upsample_normalize(x, self.size_for(*x.shape[2:]), mean, std, self.backbone.dtype)
+        tokens = self.backbone(pixel_values=frames, output_hidden_states=True).hidden_states
+        height = frames.shape[2] // self.patch
+        # The CLS token, which knows the whole frame, joins each of its patches.
+        return [rearrange(tokens[i][:, 1:] + tokens[i][:, :1], "n (h w) d -> n d h w", h=height)
+                for i in self.levels]
+
+
+class UNetFeatures(nn.Module):
+    """Noised latents -> feature maps of the frozen UNet's way down, one per resolution (SF-V).
+
+    The UNet knows only noisy latents, so real and generated ones get noise first: ln sigma ~ N(-1, 1). It
+    also sees the condition, so it can tell a video that does not belong to its image.
+    """
+
+    LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.0, 1.0       # SF-V, Table 3: mean -2 does not train, 0 and 1 are worse
+
+    def __init__(self, unet):
+        super().__init__()
+        self.backbone = unet
+        self.channels = [block.resnets[-1].spatial_res_block.conv2.out_channels for block in unet.down_blocks]
+        at, self.levels = 0, []                     # which of the way's outputs end a resolution
+        for block in unet.down_blocks:
+            at += len(block.resnets)
+            self.levels.append(at)
+            at += hasattr(block, "downsamplers")
+
+    def forward(self, latents, cond):               # b f c h w
+        sigma = torch.randn(len(latents), 1, 1, 1, 1, device=latents.device)
+        sigma = (self.LOG_SIGMA_MEAN + self.LOG_SIGMA_STD * sigma).exp()                        # b 1 1 1 1
+        c = precondition(sigma)
+        x = c.c_in * (latents + sigma * torch.randn_like(latents))
+        x = torch.cat([x, cond.image_latents.to(x.dtype)], dim=2)                               # b f 2c h w
+        outputs, _, _ = self.backbone.encode(x, c.c_noise.flatten(), cond.image_embeds, cond.time_ids)
+        return [outputs[i] for i in self.levels]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Discriminator
+
+
+class Discriminator(nn.Module):
+    """disc(latents [b f c h w], cond=None) -> logits [b k], k = every head's places; positive means real.
+
+    The features' networks are frozen: they never train, never leave eval and never get gradients, though
+    gradients pass through them to the latents. What trains are the heads and the map from latents to pixels.
+    features: DinoFeatures or UNetFeatures, or any module with `.channels` that maps (latents, cond) to a list
+    of maps [(b f) c h w]. heads: which kinds, for ablations.
+    """
+
+    def __init__(self, features, heads=("spatial", "temporal"), width=128):
+        super().__init__()
+        self.features = features
+        kinds = {"spatial": SpatialHead, "temporal": TemporalHead}
+        self.heads = nn.ModuleList(
+            nn.ModuleDict({name: kinds[name](c, min(c, width)) for name in heads}) for c in features.channels)
+        networks = getattr(features, "backbone", None), getattr(features, "vae", None)
+        self.frozen = [net for net in networks if net]
+        self.train().requires_grad_(True)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for net in self.frozen:
+            net.eval()
+        return self
+
+    def requires_grad_(self, requires_grad=True):
+        """Switches what trains; the frozen networks stay frozen whatever is asked."""
+        super().requires_grad_(requires_grad)
+        for net in self.frozen:
+            net.requires_grad_(False)
+        return self
+
+    def forward(self, latents, cond=None):
+        num_frames = latents.shape[1]
+        maps = self.features(latents, cond)                                     # levels of (b f) c h w
+        return torch.cat([head(x.to(head.conv_in.weight.dtype), num_frames).float()
+                          for x, heads in zip(maps, self.heads) for head in heads.values()], dim=1)   # b k
