@@ -7,6 +7,7 @@ futures: a one-step teacher answers with their blurred mean, 25 steps with one s
 is what the paper is about.
 
     toy_clips(seed, indices)  ->  ToyClips: frames, motion buckets, what is in the scene, where the shapes are
+    toy_latents(...)          ->  Latents: the same clips encoded once, as training takes them
     contact_sheet(frames)     ->  one picture, a row of frames per clip
 
 A clip is a pure function of (seed, index): no state, the same on every device and in any split into batches.
@@ -21,9 +22,12 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
+
+import model
 
 # ---- The toy world --------------------------------------------------------------------------------------
 
@@ -176,6 +180,43 @@ def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128,
         image = (image * shadow[:, :, None]).lerp(paint, cover[:, :, None])                        # b f c h w
         kind_map = torch.where(cover > 0.5, (1 + of_clip(kind[:, i])).to(torch.int8), kind_map)
     return ToyClips(image * 2 - 1, bucket[:, 0], attributes, centres * (size / WORLD), present, kind_map)
+
+
+class Latents(NamedTuple):
+    """Encoded clips. What every training step would compute anew is computed once and kept, in bf16."""
+
+    x0: Tensor                      # n f 4 h w  scaled: unit variance
+    image_embeds: Tensor            # n 1 d
+    image_latents: Tensor           # n 4 h w    unscaled; the same on each frame, so kept once
+    time_ids: Tensor                # n 3
+
+    def take(self, index: Tensor):
+        """Clips number `index` [b], counted round and round -> x0 [b f 4 h w] and their model.Cond, fp32."""
+        x0, embeds, image, ids = (x[index.to(x.device) % len(x)].float() for x in self)
+        return x0, model.Cond(embeds, repeat(image, "b c h w -> b f c h w", f=x0.shape[1]), ids)
+
+
+@torch.no_grad()
+def toy_latents(vae, image_encoder, seed: int, num_clips: int, num_frames: int = 14, size: int = 128,
+                device="cpu", batch_size: int = 64) -> Latents:
+    """Render and encode clips 0 .. num_clips - 1 of the world `seed`. The noise on the condition image has
+    the strength SVD was trained with, ln N(-3, 0.5^2), drawn once per clip."""
+    generator, cache = torch.Generator(device), []
+    for start in tqdm(range(0, num_clips, batch_size), "latents", disable=None):
+        numbers = torch.arange(start, min(start + batch_size, num_clips))
+        batch = toy_clips(seed, numbers, num_frames, size, device)
+        image, frames = batch.frames[:, 0], batch.frames.flatten(0, 1)                  # b 3 H W, (b f) 3 H W
+        generator.manual_seed(seed * 1_000_003 + start)
+        strength = (-3 + 0.5 * torch.randn(len(image), generator=generator, device=device)).exp()      # b
+        noise = torch.randn(image.shape, generator=generator, device=device)
+        noisy = image + strength[:, None, None, None] * noise                           # b 3 H W
+        latents, image_latents = vae.encode(torch.cat((frames, noisy))).tensor_split([len(frames)])
+        latents = rearrange(latents * vae.config["scaling_factor"], "(b f) c h w -> b f c h w", f=num_frames)
+        fps = torch.full_like(strength, FPS - 1)
+        ids = torch.stack((fps, batch.motion_bucket_id, strength), dim=1)               # b 3
+        embeds = model.embed_image(image_encoder, image)                                # b 1 d
+        cache.append((latents.bfloat16(), embeds, image_latents.bfloat16(), ids))
+    return Latents(*map(torch.cat, zip(*cache)))
 
 
 def contact_sheet(frames: Tensor, gap: int = 2) -> Tensor:

@@ -19,6 +19,8 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
@@ -62,29 +65,6 @@ class MLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class ResBlock(nn.Module):
-    """Residual block of 3x3 convolutions on each frame alone."""
-
-    def __init__(self, c_in, c_out, c_emb=None, eps=1e-6):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        if c_emb:
-            self.time_emb_proj = nn.Linear(c_emb, c_out)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x, emb=None):
-        h = self.conv1(F.silu(self.norm1(x)))                                   # (b f) c h w
-        if emb is not None:                                             # one row per clip, for all its frames
-            shift = self.time_emb_proj(F.silu(emb))                             # b c
-            h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
-
-
 class TemporalConv(nn.Conv3d):
     """A (3, 1, 1) convolution. Each pixel's history is a row of its own, so it runs as a 2-D convolution."""
 
@@ -95,23 +75,35 @@ class TemporalConv(nn.Conv3d):
         return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
 
 
-class TemporalResBlock(nn.Module):
-    """Residual block along time. Its norms see all frames of a clip together."""
+class ResBlock(nn.Module):
+    """Residual block on each frame alone, (b f) c h w: 3x3 convolutions, told the noise level by a shift."""
 
-    def __init__(self, c, c_emb=None, eps=1e-6):
+    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+
+    def __init__(self, c_in, c_out, c_emb=None, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, c, eps)
-        self.conv1 = TemporalConv(c, c)
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in, eps)
+        self.conv1 = self.conv(c_in, c_out)
         if c_emb:
-            self.time_emb_proj = nn.Linear(c_emb, c)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, c, eps)
-        self.conv2 = TemporalConv(c, c)
+            self.time_emb_proj = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out, eps)
+        self.conv2 = self.conv(c_out, c_out)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, emb=None):                                             # b c f s
+    def forward(self, x, emb=None):                                             # n c .. .., b d
         h = self.conv1(F.silu(self.norm1(x)))
-        if emb is not None:
-            h = h + rearrange(self.time_emb_proj(F.silu(emb)), "b c -> b c 1 1")
-        return x + self.conv2(F.silu(self.norm2(h)))
+        if emb is not None:                                                     # one row per clip
+            shift = self.time_emb_proj(F.silu(emb))                             # b c
+            h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class TemporalResBlock(ResBlock):
+    """The same along time, b c f s; s are the pixels. Its norms see all frames of a clip together."""
+
+    conv = TemporalConv
 
 
 class TimeMixer(nn.Module):
@@ -133,7 +125,7 @@ class SpatioTemporalResBlock(nn.Module):
                  mix_is_temporal=False):
         super().__init__()
         self.spatial_res_block = ResBlock(c_in, c_out, c_emb, eps)
-        self.temporal_res_block = TemporalResBlock(c_out, c_emb, temporal_eps or eps)
+        self.temporal_res_block = TemporalResBlock(c_out, c_out, c_emb, temporal_eps or eps)
         self.time_mixer = TimeMixer(mix_factor)
         self.mix_is_temporal = mix_is_temporal
 
@@ -210,6 +202,8 @@ class ContextAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """Gated linear unit (Shazeer, arXiv 2002.05202)."""
+
     def __init__(self, c_in, c_out):
         super().__init__()
         self.proj = nn.Linear(c_in, 2 * c_out)
@@ -295,8 +289,11 @@ class UNetBlock(nn.Module):
     """One resolution of the UNet: residual blocks, each followed by a transformer where the level has them.
 
     On the way down each layer's output is appended to `skips`; on the way up each layer's input is joined
-    with the last of them.
+    with the last of them. With `checkpointing` a layer keeps only its input for the backward pass and
+    computes the rest again: the same gradients, a third more time, a fraction of the memory.
     """
+
+    checkpointing = False
 
     def __init__(self, channels_in, c, c_emb, transformer=None, down=False, up=False, eps=1e-6):
         """channels_in: input channels of each residual block; transformer: arguments of
@@ -311,6 +308,11 @@ class UNetBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(c)])
 
     def layer(self, i, x, num_frames, emb, context):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run_layer, i, x, num_frames, emb, context, use_reentrant=False)
+        return self.run_layer(i, x, num_frames, emb, context)
+
+    def run_layer(self, i, x, num_frames, emb, context):
         x = self.resnets[i](x, num_frames, emb)
         return self.attentions[i](x, num_frames, context) if hasattr(self, "attentions") else x
 
@@ -366,11 +368,11 @@ class UNet(nn.Module):
             raise ModelError(f"block_out_channels has {depth} levels, another setting has more or fewer")
         if any(c % a for c, a in zip(channels, heads)):
             raise ModelError(f"num_attention_heads {heads} do not divide block_out_channels {channels}")
-        kinds = {"CrossAttnDownBlockSpatioTemporal": True, "DownBlockSpatioTemporal": False,
-                 "CrossAttnUpBlockSpatioTemporal": True, "UpBlockSpatioTemporal": False}
-        unknown = [kind for kind in (*down_block_types, *up_block_types) if kind not in kinds]
+        kinds = {f"{cross}{way}BlockSpatioTemporal": bool(cross)
+                 for cross in ("CrossAttn", "") for way in ("Down", "Up")}
+        unknown = {*down_block_types, *up_block_types} - {*kinds}
         if unknown:
-            raise ModelError(f"block type {unknown[0]} is not one of {', '.join(kinds)}")
+            raise ModelError(f"block type {min(unknown)} is not one of {', '.join(kinds)}")
         c_first, c_emb = channels[0], 4 * channels[0]
         transformers = list(zip(heads, transformer_layers, c_context))
 
@@ -400,6 +402,10 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-5)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+
+    def set_checkpointing(self, on=True):
+        for block in (*self.down_blocks, *self.up_blocks):
+            block.checkpointing = on
 
     def forward(self, x, c_noise, image_embeds, time_ids):
         """Raw output F_x of the network.
@@ -599,15 +605,13 @@ def clip_pixels(images):
     SVD's own resize: the whole image squashed to a square, after a Gaussian blur with standard deviation
     (factor - 1) / 2 per axis against aliasing, by bicubic interpolation with aligned corners.
     """
-    for axis, length in ((2, images.shape[2]), (3, images.shape[3])):
-        std = max((length / CLIP_SIZE - 1) / 2, 0.001)
+    for _ in range(2):                                                          # along rows, then columns
+        std = max((images.shape[3] / CLIP_SIZE - 1) / 2, 0.001)
         taps = int(max(4 * std, 3)) // 2 * 2 + 1
         offset = torch.arange(taps, device=images.device, dtype=images.dtype) - taps // 2
-        kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0)
-        kernel = kernel.view([taps if i == axis else 1 for i in range(4)]).repeat(images.shape[1], 1, 1, 1)
-        pad = [taps // 2] * 2
-        padded = F.pad(images, pad + [0, 0] if axis == 3 else [0, 0] + pad, mode="reflect")
-        images = F.conv2d(padded, kernel, groups=images.shape[1])
+        kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0).repeat(3, 1, 1, 1)    # 3 1 1 taps
+        padded = F.pad(images, (taps // 2, taps // 2, 0, 0), mode="reflect")
+        images = F.conv2d(padded, kernel, groups=3).transpose(2, 3)             # n 3 W H, then n 3 H W
     images = F.interpolate(images, (CLIP_SIZE, CLIP_SIZE), mode="bicubic", align_corners=True)
     mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1)
                  for v in (CLIP_MEAN, CLIP_STD))
@@ -654,9 +658,11 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(rank, self.out_features, **factory)
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)          # starts as the layer it replaces
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.active = rank, alpha, True
 
     def forward(self, x):
+        if not self.active:
+            return super().forward(x)
         delta = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
         return super().forward(x) + self.alpha / self.rank * delta
 
@@ -693,6 +699,19 @@ def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
 def lora_layers(unet):
     """{path: layer} of the LoRA layers in a network."""
     return {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoRALinear)}
+
+
+@contextmanager
+def without_lora(unet):
+    """The network as it was before add_lora, for as long as the context lasts."""
+    layers = lora_layers(unet).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        yield unet
+    finally:
+        for layer in layers:
+            layer.active = True
 
 
 @torch.no_grad()
@@ -848,11 +867,7 @@ def find_folder(path, name, variant, revision):
     except Exception as error:                                      # offline, proxy, revision, malformed name
         raise ModelError(f"{path}: no such folder here, and the hub cannot be reached or does not have it "
                          f"({type(error).__name__}); give a local folder, or go online once") from error
-    folder = Path(root) / name
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{path}: this model has no {name}/config.json (the copy in HF_HOME may be partial: "
-                         "go online once); expected the diffusers layout")
-    return folder
+    return find_folder(root, name, variant, revision)
 
 
 def weight_files(folder, variant):
@@ -926,12 +941,11 @@ def save_configs(folder):
         "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
         "vae": ["diffusers", "AutoencoderKLTemporalDecoder"]})
     write_json(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.24.0.dev0", "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+        "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.24.0.dev0",
+        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
         "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-        "set_alpha_to_one": False, "sigma_max": 700.0, "sigma_min": 0.002, "skip_prk_steps": True,
-        "steps_offset": 1, "timestep_spacing": "leading", "timestep_type": "continuous",
-        "trained_betas": None, "use_karras_sigmas": True})
+        "sigma_max": 700.0, "sigma_min": 0.002, "steps_offset": 1, "timestep_spacing": "leading",
+        "timestep_type": "continuous", "trained_betas": None, "use_karras_sigmas": True})
     write_json(folder / "feature_extractor" / "preprocessor_config.json", {
         "crop_size": {"height": CLIP_SIZE, "width": CLIP_SIZE}, "do_center_crop": True,
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,

@@ -368,7 +368,7 @@ def main():
     if root == "toy":
         root = TOY
         if not (TOY / "unet").is_dir():
-            fail(f"the toy networks are not in {TOY}: make them with `python train_toy.py`, or give a --model")
+            fail(f"the toy networks are not in {TOY}: make them with `python train_toy.py` or give a --model")
         print("toy model: it knows moving shapes, not photographs. For Stable Video Diffusion itself add "
               f"--model {SVD} (9 GB; non-commercial licence of Stability AI)", file=sys.stderr)
     student = args.student or (TOY / "student" if root == TOY and (TOY / "student").is_dir() else None)

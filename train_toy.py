@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -211,7 +211,7 @@ if wanted("vae"):
         vae.quant_conv.bias[vae.config["latent_channels"]:] = -6
 
     def vae_loss(step, generator):
-    # Single frames fill a batch with the most different scenes; the temporal decoder learns from whole clips.
+        # Single frames fill a batch with the most scenes; the temporal decoder learns from whole clips.
         num_frames = (1, 1, min(8, args.num_frames), 1, 1, args.num_frames)[step % 6]
         count = max(1, args.vae_batch_size // num_frames)
         first = step * args.vae_batch_size
@@ -319,28 +319,13 @@ if wanted("unet"):
         projection_class_embeddings_input_dim=96, num_frames=args.num_frames,
         sample_size=args.size // 8).to(device)
 
-    # Whatever the steps have in common is computed once. The condition is the same on each frame: keep one.
-    generator, cache = torch.Generator(device).manual_seed(args.seed), []
-    for i in tqdm(range(0, args.num_clips, 64), "latents", disable=None):
-        batch = clips(args.seed, i, 64)
-        image, frames = batch.frames[:, 0], batch.frames.flatten(0, 1)                  # b 3 H W, (b f) 3 H W
-        strength = (-3 + 0.5 * torch.randn(64, generator=generator, device=device)).exp()    # b, SVD's choice
-        noise = torch.randn(image.shape, generator=generator, device=device)
-        with torch.no_grad():
-            image = torch.cat((frames, image + strength[:, None, None, None] * noise))  # (b f) + b 3 H W
-            latents, image_latents = vae.encode(image).bfloat16().tensor_split([len(frames)])
-            latents = rearrange(latents, "(b f) c h w -> b f c h w", b=64)
-            embeds = model.embed_image(image_encoder, batch.frames[:, 0])               # b 1 d
-        fps = torch.full_like(strength, data.FPS - 1)
-        time_ids = torch.stack((fps, batch.motion_bucket_id, strength), dim=1)          # b 3
-        cache.append((latents, embeds, image_latents, time_ids))
-    latents, image_embeds, image_latents, time_ids = map(torch.cat, zip(*cache))
-    scaling_factor = vae.config["scaling_factor"]
-    del cache, vae, image_encoder
+    latents = data.toy_latents(
+        vae, image_encoder, args.seed, args.num_clips, args.num_frames, args.size, device)
+    del vae, image_encoder
 
     def unet_loss(step, generator):
         b = args.unet_batch_size
-        pick = torch.randint(len(latents), (b,), generator=generator, device=device)        # b
+        x0, cond = latents.take(torch.randint(args.num_clips, (b,), generator=generator, device=device))
         normal = torch.randn(b, generator=generator, device=device)                         # b
         ramp, coin, keep = torch.rand(3, b, generator=generator, device=device)             # b each
         # Most noise levels where the future is decided; the rest cover the grid: sampling starts at its top.
@@ -348,13 +333,12 @@ if wanted("unet"):
         on_grid = (high + ramp * (low - high)) ** solver.RHO                                # b
         sigma = torch.where(coin < 0.8, (0.5 + 1.4 * normal).exp(), on_grid)[:, None, None, None, None]
         c_skip, c_out, c_in, c_noise = solver.precondition(sigma)
-        x0 = latents[pick].float() * scaling_factor                                         # b f c h w
         x_t = x0 + sigma * torch.randn(x0.shape, generator=generator, device=device)
 
         keep = (keep > 0.1).float()[:, None, None]      # else no image at all: what guidance compares with
-        image = repeat(image_latents[pick].float() * keep[..., None], "b c h w -> b f c h w", f=x0.shape[1])
-        F_x = unet(torch.cat((c_in * x_t, image), dim=2), c_noise.flatten(), image_embeds[pick] * keep,
-                   time_ids[pick])                                                          # b f c h w
+        image = cond.image_latents * keep[..., None, None]                                  # b f c h w
+        F_x = unet(torch.cat((c_in * x_t, image), dim=2), c_noise.flatten(), cond.image_embeds * keep,
+                   cond.time_ids)                                                           # b f c h w
         # A plain mean on the raw output is SVD's weight (1 + sigma^2) / sigma^2 on the denoised latent.
         return F.mse_loss(F_x, (x0 - c_skip * x_t) / c_out)
 

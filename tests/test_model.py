@@ -813,3 +813,16 @@ def test_sinusoid_is_cosines_then_sines():
     angles = [[value * 10000 ** (-i / 8) for i in range(8)] for value in x.tolist()]
     expected = torch.tensor([[*map(math.cos, row), *map(math.sin, row)] for row in angles])
     torch.testing.assert_close(model.sinusoid(x, 16), expected, rtol=0, atol=2e-5)  # 127 is known to 8e-6
+
+
+def test_checkpointing_changes_no_gradient():
+    """What is computed twice is the same twice, so output and gradients are equal to the bit on a CPU."""
+    unet, inputs, results = unet_pair()[0], unet_inputs(), []
+    for on in (False, True):
+        unet.zero_grad()
+        unet.set_checkpointing(on)
+        out = unet(*inputs)
+        out.square().sum().backward()
+        results.append([out.detach()] + [p.grad for p in unet.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1]) > 100
+    assert all(torch.equal(a, b) for a, b in zip(*results))

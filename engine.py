@@ -1,0 +1,296 @@
+"""What both training stages need that is not the method: processes, randomness, weights, checkpoints, logs.
+
+    start_world, all_mean, any_rank     torch.distributed under torchrun, or one plain process
+    normal                              noise as a pure function of (seed, clip number): any split, any resume
+    Weights                             the weights that train, in fp32, outside of a network that may be bf16
+    finite_step                         all-reduce, clip, step; refuses what is not finite
+    save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
+    Log                                 one line per interval, metrics.jsonl, TensorBoard if it is installed
+
+    $ python engine.py out/stage1/metrics.jsonl plot.png        # draws what was logged
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import model
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start_world(device=None):
+    """The process group that torchrun's environment variables describe, or this process alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def all_mean(values):
+    """The mean over all ranks of each scalar tensor in a dictionary, in one message -> {name: float}."""
+    flat = torch.stack([value.detach().float() for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    return dict(zip(values, flat.tolist()))
+
+
+def any_rank(flag, device):
+    """True on all ranks if it is on one: what all have to do together is decided together."""
+    flag = torch.tensor(float(flag), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+class StopSignal:
+    """SIGTERM asks to stop: the loop finishes its step, saves, and exits with status 0."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Randomness
+
+
+def normal(seed, numbers, stream, shape, device):
+    """Standard normal noise [b *shape], a clip at a time from (seed, stream, number of the clip). A batch is
+    the same on one process or eight, and a resumed run needs no state of a random generator."""
+    generator = torch.Generator(device)
+    noise = []
+    for number in numbers.tolist():
+        generator.manual_seed(((seed * 31 + stream) * 1_000_000_007 + number) % 2 ** 63)
+        noise.append(torch.randn(shape, generator=generator, device=device))
+    return torch.stack(noise)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights
+
+
+class Weights:
+    """The trainable parameters of a network, by name, in fp32.
+
+    The network itself may compute in bf16, where an update of 1e-5 would be rounded away. So the optimiser
+    moves fp32 masters, and `push` copies them into the network; `pull` brings its gradients back.
+    """
+
+    def __init__(self, net, names):
+        parameters = dict(net.named_parameters())
+        self.copies = {name: parameters[name] for name in names}
+        self.masters = {
+            name: torch.nn.Parameter(p.detach().float().clone()) for name, p in self.copies.items()}
+
+    def pull(self):
+        for name, copy in self.copies.items():
+            grad, copy.grad = copy.grad, None
+            self.masters[name].grad = torch.zeros_like(self.masters[name]) if grad is None else grad.float()
+
+    @torch.no_grad()
+    def push(self):
+        for name, copy in self.copies.items():
+            copy.copy_(self.masters[name])
+
+    def tensors(self):
+        return {name: p.detach() for name, p in self.masters.items()}
+
+
+@contextmanager
+def swapped(copies, tensors):
+    """Lends a network other weights: teacher, student and EMA share all that does not train, so each of them
+    is the one network in memory with its own few tensors put in. Nothing is copied. Not under autograd."""
+    own = {name: p.data for name, p in copies.items()}
+    try:
+        for name, p in copies.items():
+            p.data = tensors[name]
+        yield
+    finally:
+        for name, p in copies.items():
+            p.data = own[name]
+
+
+def finite_step(optimizer, parameters, max_norm):
+    """Averages the gradients over all ranks, clips them to `max_norm`, and steps, unless one is not finite:
+    then every rank leaves its weights alone. Returns (norm, stepped). Gradients are gone afterwards.
+
+    One flat message instead of DistributedDataParallel: what trains is small, and a network that plays three
+    roles in a step has no single forward for DDP's hooks to wait for.
+    """
+    parameters = list(parameters)
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    norm = flat.norm()
+    stepped = bool(norm.isfinite())                 # the one place where a step waits for the device
+    if stepped:
+        flat *= (max_norm / (norm + 1e-6)).clamp(max=1)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, stepped
+
+
+def warm_up(optimizer, lr, step, steps):
+    """Linear warm-up over `steps`, then constant: a pure function of the step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / max(1, steps))
+
+
+def pack(optimizer, prefix):
+    """Adam's moments as named tensors."""
+    return {f"{prefix}.{i}.{key}": value for i, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()}
+
+
+def unpack(optimizer, prefix, tensors):
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            i, name = key[len(prefix) + 1:].split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(folder, step, tensors, config, keep):
+    """Writes checkpoint-STEP whole or not at all: into a temporary folder, flushed to disk, then renamed.
+    Older ones go, but for the last `keep`."""
+    part, final = folder / f".checkpoint-{step}.part", folder / f"checkpoint-{step:07d}"
+    shutil.rmtree(part, ignore_errors=True)
+    model.write_safetensors(part / "state.safetensors", tensors)
+    model.write_json(part / "state.json", {"step": step, "config": config, "tensors": len(tensors)})
+    for file in (part / "state.safetensors", part / "state.json"):
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder, which, config):
+    """(step, tensors) of the newest whole checkpoint in `folder` (`which` = "latest"), or of the one at path
+    `which`; None if there is none. Raises ModelError if it was made with another configuration."""
+    candidates = sorted(folder.glob("checkpoint-*"), reverse=True) if which == "latest" else [Path(which)]
+    for path in candidates:
+        try:
+            state = model.read_json(path / "state.json")
+            tensors = dict(model.read_safetensors([path / "state.safetensors"]))
+            if len(tensors) != state["tensors"]:
+                raise model.ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
+        except (model.ModelError, KeyError, TypeError) as error:
+            if which != "latest":
+                raise model.ModelError(f"{path}: not a whole checkpoint ({error})") from error
+            print(f"warning: {path} is torn and skipped ({error})", file=sys.stderr)
+            continue
+        differ = [f"{key} was {state['config'].get(key)}, is {value}" for key, value in config.items()
+                  if state["config"].get(key) != value]
+        if differ:
+            raise model.ModelError(f"{path} belongs to a run with other settings: {'; '.join(differ)}. "
+                                   "Repeat them, or choose another --output_dir")
+        return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Logs
+
+
+class Log:
+    """One line per interval on the terminal, the same as JSON in metrics.jsonl. Rank 0 only."""
+
+    def __init__(self, folder, world, step):
+        self.world, self.file, self.board = world, folder / "metrics.jsonl", None
+        if world.rank:
+            return
+        # A resumed run repeats the steps since its checkpoint: their first telling goes.
+        if self.file.exists():
+            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.file.write_text("".join(line + "\n" for line in lines))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+        except ImportError:
+            pass
+
+    def __call__(self, step, values):
+        if self.world.rank:
+            return
+        print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()), flush=True)
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU, or of this process (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:                                                 # not a Unix
+        return 0.0
+    kilo = 1 if sys.platform == "darwin" else 1024                      # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
+
+
+def plot(metrics, out, width=360, height=200):
+    """Draws each number of a metrics.jsonl against the step, a panel each, into a PNG."""
+    from PIL import Image, ImageDraw
+    rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    names = [name for name in rows[0] if name != "step"]
+    columns = 3
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(names) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, name in enumerate(names):
+        points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        if not points:
+            continue
+        left, top = n % columns * width + 12, n // columns * height + 24
+        low, high = min(v for _, v in points), max(v for _, v in points)
+        first, last = points[0][0], points[-1][0]
+        line = [(left + (width - 24) * (s - first) / max(1, last - first),
+                 top + (height - 40) * (1 - (v - low) / (high - low or 1))) for s, v in points]
+        draw.rectangle((left, top, left + width - 24, top + height - 40), outline="lightgrey")
+        draw.text((left, top - 18), f"{name}  {low:.4g} to {high:.4g}, steps {first} to {last}", "black")
+        draw.line(line if len(line) > 1 else line * 2, "royalblue", 2)
+    sheet.save(out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+        print("engine.py: usage: python engine.py METRICS.jsonl OUT.png", file=sys.stderr)
+        sys.exit(2)
+    plot(*sys.argv[1:])

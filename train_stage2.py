@@ -1,0 +1,302 @@
+"""Stage 2: adversarial consistency latent distillation. The student learns to end where the teacher ends.
+OSV (arXiv 2409.11367), Eqs. 8 to 10.
+
+    $ python train_stage2.py                                    # after train_stage1.py; toy world
+    $ python train_stage2.py --stage1 none --adv_weight 0 --num_solver_steps 1 --train all      # AnimateLCM
+
+Roles: theta = net, theta^- = its average ema, phi = the frozen teacher, psi = disc. The first three are one
+UNet in memory: they share whatever does not train, and engine.swapped puts in the few tensors in which they
+differ. Real is what ema makes of x_s, the point that the teacher reaches from x_t in m guided Euler steps;
+fake is f_theta(x_t, sigma_t). Files as in stage 1. The same command again resumes.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+
+import data
+import engine
+import model
+import sampler
+from discriminator import DinoFeatures, Discriminator, UNetFeatures, load_dino
+from losses import consistency_weight, hinge_d, hinge_g, pseudo_huber
+from solver import NUM_SIGMAS, consistency, karras_sigmas, solve, strided
+
+# ---- config ---------------------------------------------------------------------------------------------
+
+PRESETS = {
+    # What a laptop's CPU does in a few minutes; falling losses, not yet a good student.
+    "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=40, learning_rate=1e-4, lr_d=2e-4,
+                    warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=2),
+    # The toy student on one GPU.
+    "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1000, learning_rate=1e-4, lr_d=2e-4,
+                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
+}
+
+parser = argparse.ArgumentParser(description="Stage 2 of OSV: consistency distillation.", allow_abbrev=False,
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.error = lambda message: sys.exit(print(f"{Path(__file__).name}: {message}", file=sys.stderr) or 2)
+flag = parser.add_argument
+flag("--preset", choices=PRESETS, default="toy" if torch.cuda.is_available() else "toy_cpu",
+     help="a set of defaults for the flags below; flags win over it")
+flag("--model", default=str(sampler.TOY), help="the teacher: pipeline folder or hub id")
+flag("--dino", default=None, help="DINOv2 folder or hub id (None: dinov2/ inside --model)")
+flag("--stage1", default="out/stage1", help="output folder of stage 1 to start from, or none")
+flag("--output_dir", type=Path, default="out/stage2", help="everything is written here")
+flag("--max_train_steps", type=int, help="steps in all, those before a resume included")
+flag("--batch_size", type=int, help="clips per step, over all processes")
+flag("--gradient_accumulation_steps", type=int, default=1, help="parts that a process works its share off in")
+flag("--num_clips", type=int, help="clips of the toy world to train on")
+flag("--learning_rate", type=float, help="of the student")
+flag("--lr_d", type=float, help="of the discriminator")
+flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
+flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+flag("--lora_rank", type=int, help="rank of the student's update")
+flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora+temporal",
+     help="what trains")
+flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
+     help="what it sees")
+flag("--heads", nargs="+", choices=("spatial", "temporal"), default=["spatial", "temporal"], help="its heads")
+flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 10; 0 trains without a discriminator")
+flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
+flag("--num_solver_steps", type=int, default=5, help="m: Euler steps of the teacher from x_t to x_s")
+flag("--guidance", type=float, nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("A", "B", "C", "D"),
+     help="the teacher's, growing over the frames from one drawn in A..B to one in C..D; 1 1 1 1 is none")
+flag("--weight_exponent", type=float, default=0.1, help="e of lambda(t_n) = (1 / (sigma_t - sigma_s)) ^ e")
+flag("--ema_decay", type=float, default=0.95, help="of theta^-; 0 is the student itself")
+flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
+flag("--gradient_checkpointing", action="store_true", help="compute activations twice, keep none")
+flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
+     help="inside the networks")
+flag("--seed", type=int, default=0, help="of everything drawn")
+flag("--device", help="cuda or cpu (None: cuda if it is there)")
+flag("--log_steps", type=int, help="steps between log lines")
+flag("--validation_steps", type=int, help="steps between sample sheets")
+flag("--checkpointing_steps", type=int, help="steps between checkpoints")
+flag("--checkpoints_total_limit", type=int, default=2, help="how many to keep")
+flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
+parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
+args = parser.parse_args()
+world = engine.start_world(args.device)
+device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+stop = engine.StopSignal()
+if args.batch_size % (world.size * args.gradient_accumulation_steps):
+    parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
+                 f"{args.gradient_accumulation_steps} parts")
+share = args.batch_size // world.size                           # clips of this process
+part = share // args.gradient_accumulation_steps                # clips at a time
+torch.manual_seed(args.seed)                                    # initial weights
+
+# ---- data -----------------------------------------------------------------------------------------------
+
+try:
+    vae = model.load_vae(args.model, dtype=dtype, device=device)
+    image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
+    unet = model.load_unet(args.model, device=device)
+except model.ModelError as problem:
+    parser.error(str(problem))
+num_frames, size = unet.config["num_frames"], 8 * unet.config["sample_size"]
+latents = data.toy_latents(vae, image_encoder, args.seed, args.num_clips, num_frames, size, device)
+held_out = data.toy_latents(vae, image_encoder, args.seed + data.HELD_OUT, 4, num_frames, size, device)
+sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
+
+# ---- networks -------------------------------------------------------------------------------------------
+
+if "lora" in args.train:
+    model.add_lora(unet, args.lora_rank)
+net = unet.to(dtype)
+net.set_checkpointing(args.gradient_checkpointing)
+names = [name for name, _ in net.named_parameters() if args.train == "all" or
+         "lora" in args.train and ".lora_" in name or
+         "temporal" in args.train and ".temporal_transformer_blocks." in name and ".lora_" not in name]
+for name, parameter in net.named_parameters():
+    parameter.requires_grad_(name in names)
+theta = engine.Weights(net, names)
+teacher_weights = {name: p.detach().clone() for name, p in theta.copies.items()}
+
+if args.discriminator == "unet":
+    features = UNetFeatures(model.load_unet(args.model, dtype=dtype, device=device))
+else:
+    dino = load_dino(args.dino or Path(args.model) / "dinov2").to(device, dtype)
+    features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
+disc = Discriminator(features, args.heads).to(device)
+psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
+psi_buffers = {name: b for name, b in disc.heads.named_buffers()}       # spectral norm's power iteration
+
+if args.stage1 != "none":                                       # theta and psi go on where stage 1 ended
+    try:
+        for file, group in (("student", theta.masters), ("disc", psi | psi_buffers)):
+            if file == "disc" and not args.adv_weight:
+                continue
+            for name, tensor in model.read_safetensors([Path(args.stage1) / f"{file}.safetensors"]):
+                if name not in group or group[name].shape != tensor.shape:
+                    raise model.ModelError(
+                        f"{args.stage1}/{file}.safetensors: {name} does not fit; was it made with the same "
+                        "--lora_rank, --discriminator and --heads, and nothing trained that is frozen here?")
+                group[name].data.copy_(tensor)
+    except model.ModelError as problem:
+        parser.error(f"{problem}; run train_stage1.py first, or give --stage1 none")
+    theta.push()
+ema = {name: t.clone() for name, t in theta.tensors().items()}  # fp32, as the masters
+
+# ---- optimisers, and where the last run stopped ---------------------------------------------------------
+
+opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
+opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
+step, bad_steps = 0, 0
+free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
+        "checkpoints_total_limit", "resume_from_checkpoint")
+evolving = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers}
+config = {key: value for key, value in vars(args).items() if key not in free} | {"world_size": world.size}
+
+
+def state():
+    """Everything that evolves. Noise and order of clips are functions of the step, so nothing else does."""
+    tensors = engine.pack(opt, "opt") | engine.pack(opt_d, "opt_d")
+    for prefix, group in evolving.items():
+        tensors |= {f"{prefix}.{name}": tensor.detach() for name, tensor in group.items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore(tensors):
+    for prefix, group in evolving.items():
+        for name, target in group.items():
+            target.copy_(tensors[f"{prefix}.{name}"])
+    engine.unpack(opt, "opt", tensors)
+    engine.unpack(opt_d, "opt_d", tensors)
+    theta.push()
+
+
+args.output_dir.mkdir(parents=True, exist_ok=True)
+try:
+    found = None if args.resume_from_checkpoint == "none" else engine.load_checkpoint(
+        args.output_dir, args.resume_from_checkpoint, config)
+except model.ModelError as problem:
+    parser.error(str(problem))
+if found:
+    step, tensors = found
+    restore(tensors)
+log = engine.Log(args.output_dir, world, step)
+if world.rank == 0:
+    count = sum(p.numel() for p in net.parameters())
+    trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
+    print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
+
+
+@torch.no_grad()
+def validate():
+    """Held-out clips in rows of four: real, one step, one step with the Time Travel Sampler."""
+    x0, cond = held_out.take(torch.arange(4))
+    rows = [x0]
+    for k, tts in ((1, False), (2, True)):
+        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(4)]
+        rows.append(sampler.sample(net, cond, strided(sigmas, k), generators, tts))
+    frames = torch.cat([sampler.decode(vae, x) for x in rows])                  # (3 4) f 3 H W
+    Image.fromarray(data.contact_sheet(frames).numpy()).save(args.output_dir / f"sample-{step:06d}.png")
+    frames = rearrange(frames, "(rows n) f c h w -> f c (rows h) (n w)", n=4)
+    sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
+
+
+# ---- loop -----------------------------------------------------------------------------------------------
+
+
+
+@torch.no_grad()
+def prepare(numbers):
+    """What a step asks the student, and what counts as real: x_t, sigma_t, cond, real, weight."""
+    x0, cond = latents.take(numbers)                                            # b f c h w
+    i, low, high = data.uniforms(args.seed, numbers, 11, 3).to(device).T        # b each
+    i = (i * NUM_SIGMAS).long()
+    grid = sigmas[(i + torch.arange(args.num_solver_steps + 1, device=device)[:, None]).clamp(max=NUM_SIGMAS)]
+    sigma_t, sigma_s = grid[0], grid[-1]                                        # b each; grid m + 1 b
+    noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)
+    x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
+    a, b, c, d = args.guidance
+    ramp = torch.linspace(0, 1, x0.shape[1], device=device)                     # f
+    low, high = (a + (b - a) * low)[:, None], (c + (d - c) * high)[:, None]     # b 1 each
+    guidance = (low + (high - low) * ramp)[:, :, None, None, None]              # b f 1 1 1
+    with engine.swapped(theta.copies, teacher_weights), model.without_lora(net):
+        x_s = solve(net, x_t, grid, cond, None if max(args.guidance) == 1 else guidance)
+    with engine.swapped(theta.copies, {name: t.to(dtype) for name, t in ema.items()}):
+        x0_target = consistency(net, x_s, sigma_s, cond)                        # b f c h w
+    return x_t, sigma_t, cond, x0_target, consistency_weight(sigma_t, sigma_s, args.weight_exponent)
+
+
+def add(**losses):
+    for name, loss in losses.items():
+        sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
+
+
+clock, clock_step = time.perf_counter(), step
+while step < args.max_train_steps:
+    engine.warm_up(opt, args.learning_rate, step, args.warmup_steps)
+    engine.warm_up(opt_d, args.lr_d, step, args.warmup_steps)
+    torch.manual_seed(args.seed * 1_000_003 + step)     # for what draws by itself: the unet discriminator
+    first = step * args.batch_size + world.rank * share
+    parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
+    sums, norm_d, good_d = {}, torch.zeros((), device=device), True
+
+    # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
+    if args.adv_weight:
+        for x_t, sigma_t, cond, real, _ in parts:
+            with torch.set_grad_enabled(len(parts) == 1):       # then the G step uses this very forward pass
+                x0_pred = consistency(net, x_t, sigma_t, cond)                  # b f c h w
+            logits_real, logits_fake = disc(real, cond), disc(x0_pred.detach(), cond)
+            loss_d = hinge_d(logits_real, logits_fake)
+            (loss_d / len(parts)).backward()
+            add(loss_d=loss_d, logits_real=logits_real.mean(), logits_fake=logits_fake.mean())
+        norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
+
+    # ---- G step: D is frozen, gradients flow through it into the student
+    disc.requires_grad_(False)
+    for x_t, sigma_t, cond, real, weight in parts:
+        if len(parts) > 1 or not args.adv_weight:
+            x0_pred = consistency(net, x_t, sigma_t, cond)                      # b f c h w
+        loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
+        loss_adv = torch.zeros_like(loss_huber)
+        if args.adv_weight:
+            loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
+        ((args.adv_weight * loss_adv + loss_huber) / len(parts)).backward()
+        add(loss_huber=loss_huber, loss_adv=loss_adv)
+    disc.requires_grad_(True)
+    theta.pull()
+    norm, good = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
+    theta.push()
+    torch._foreach_lerp_(list(ema.values()), list(theta.tensors().values()), 1 - args.ema_decay)
+
+    # ---- what follows is a pure function of the step: skipped steps, one log line, samples, checkpoint
+    step += 1
+    bad_steps = 0 if good and good_d else bad_steps + 1
+    if bad_steps == 5:
+        parser.error(f"gradients were not finite for 5 steps, until step {step}; the last checkpoint in "
+                     f"{args.output_dir} is good: lower --learning_rate, or try --mixed_precision no")
+    if step % args.log_steps == 0:
+        values = engine.all_mean({**sums, "grad_norm": norm, "grad_norm_d": norm_d})
+        seconds = (time.perf_counter() - clock) / (step - clock_step)
+        clock, clock_step = time.perf_counter(), step
+        speed = {"s_per_step": seconds, "clips_per_s": args.batch_size / seconds}
+        log(step, values | speed | {"skipped": bad_steps, "memory_gb": engine.peak_memory(device)})
+    if world.rank == 0 and step % args.validation_steps == 0:
+        validate()
+    stopping = engine.any_rank(stop.asked, device)
+    if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        if world.rank == 0:
+            engine.save_checkpoint(args.output_dir, step, state(), config, args.checkpoints_total_limit)
+        engine.any_rank(False, device)                          # the others wait until it is written
+    if stopping:
+        print(f"stopped by SIGTERM after step {step}; run the same command again to go on")
+        sys.exit(0)
+
+# ---- what stage 2 and the sampler take ------------------------------------------------------------------
+
+if world.rank == 0:
+    model.write_safetensors(args.output_dir / "student.safetensors", theta.tensors())
+    model.write_safetensors(args.output_dir / "disc.safetensors", {**psi, **psi_buffers})
+    merged = args.output_dir / "merged"
+    model.save_unet(model.merge_lora(net), merged, torch.float16)
+    print(f"wrote {merged}: python sampler.py --image assets/input.png --student {merged}")
