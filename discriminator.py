@@ -38,17 +38,24 @@ TOY_DINO = Path(__file__).resolve().parent / "assets" / "toy" / "dinov2"
 # Upsample + normalise
 #
 # Bilinear weights are a product of a row's and a column's. Output row Y looks at the place
-# y = max(0, (Y + 1/2) h / H - 1/2) among the input rows: (1 - lam) of row floor(y) and lam of the next one,
-# which is the same one at the lower border. Columns alike. Then (value - mean) / std of the channel.
+# y = (Y + 1/2) h / H - 1/2 among the input rows: lam = y - gap of it sees row gap + 1, 1 - lam row gap. Call
+# "gap" the output rows that look between the same two input rows; those above the first row's centre, gap -1,
+# see row 0 alone, those below the last one's, gap h - 1, row h - 1 alone. Columns alike. Then, per channel,
+# (value - mean) / std. Both kernels walk down the gaps, so that a gap hands on to the next what they share.
 
 if triton:
 
     @triton.jit
-    def _source(Y, scale, h):
-        """Output rows (or columns) Y -> input row y0, its neighbour y1 and the share lam of the neighbour."""
-        y = tl.maximum((Y.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
-        y0 = tl.minimum(y.to(tl.int32), h - 1)
-        return y0, tl.minimum(y0 + 1, h - 1), y - y0.to(tl.float32)
+    def _first_output(place, scale):
+        """The first output row (or column) that looks at `place` among the inputs or beyond."""
+        return tl.maximum(tl.ceil((place + 0.5) / scale - 0.5).to(tl.int32), 0)
+
+    @triton.jit
+    def _outputs(gap, h, H, scale):
+        """The output rows of a gap: the first, and the one after the last."""
+        first = tl.where(gap < 0, 0, _first_output(gap, scale))
+        end = tl.where(gap == h - 1, H, tl.minimum(_first_output(gap + 1, scale), H))
+        return first, end
 
     @triton.jit
     def _of_channel(plane, a, b, c):
@@ -56,64 +63,82 @@ if triton:
         return tl.where(channel == 0, a, tl.where(channel == 1, b, c))
 
     @triton.jit
-    def _forward_kernel(x, out, h, w, H, W, scale_y, scale_x, mean0, mean1, mean2, std0, std1, std2,
-                        BLOCK: tl.constexpr):
-        """One program: all output rows between two neighbouring input rows, BLOCK columns of one plane.
-
-        The two input rows are read and stretched sideways once; the output rows are mixtures of the two, so
-        what remains per output pixel is one multiplication, one addition and the write.
-        """
-        row, plane = tl.program_id(0) % (h + 1) - 1, tl.program_id(0) // (h + 1)
-        mean, std = _of_channel(plane, mean0, mean1, mean2), _of_channel(plane, std0, std1, std2)
-        x += plane.to(tl.int64) * h * w                         # a plane fits 32 bits, a batch may not
-        out += plane.to(tl.int64) * H * W
-        X = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = X < W
-        x0, x1, lam = _source(X, scale_x, w)
-        above, below = tl.maximum(row, 0) * w, tl.minimum(row + 1, h - 1) * w
-        above = tl.load(x + above + x0, inside, 0.0).to(tl.float32) * (1 - lam) \
-            + tl.load(x + above + x1, inside, 0.0).to(tl.float32) * lam
-        below = tl.load(x + below + x0, inside, 0.0).to(tl.float32) * (1 - lam) \
-            + tl.load(x + below + x1, inside, 0.0).to(tl.float32) * lam
-        # Rows that look between `row` and `row + 1`; -1 stands for the places above the first row.
-        first = tl.ceil((row + 0.5) / scale_y - 0.5).to(tl.int32)
-        last = tl.ceil((row + 1.5) / scale_y - 0.5).to(tl.int32)
-        first, last = tl.maximum(first, 0), tl.minimum(last, H)
-        first = tl.where(row < 0, 0, first)
-        last = tl.where(row == h - 1, H, last)
-        for k in range(0, last - first):
-            Y = first + k
-            lam_y = (Y + 0.5) * scale_y - 0.5 - row
-            value = above + (below - above) * lam_y
-            tl.store(out + Y * W + X, ((value - mean) / std).to(out.dtype.element_ty), inside)
+    def _stretched(row, x0, x1, lam, inside, mean, std):
+        """An input row at the output's columns, normalised: mixtures of two such rows are normalised, too."""
+        left = tl.load(row + x0, inside, 0.0).to(tl.float32)
+        right = tl.load(row + x1, inside, 0.0).to(tl.float32)
+        return (left + (right - left) * lam - mean) / std
 
     @triton.jit
-    def _backward_kernel(grad, grad_x, h, w, H, W, scale_y, scale_x, std0, std1, std2,
-                         TAPS: tl.constexpr, BLOCK: tl.constexpr):
-        """One program: BLOCK neighbouring input pixels of one row. Each gathers the gradients of the output
-        pixels that looked at it, so nothing is written twice and the order of the sum is fixed."""
-        row, plane = tl.program_id(0) % h, tl.program_id(0) // h
-        grad += plane.to(tl.int64) * H * W
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        # Column j is looked at from within (j - 1, j + 1); TAPS output columns from the first on hold all.
-        first = tl.ceil((j - 0.5) / scale_x - 0.5).to(tl.int32) - 1
-        first = tl.where(j == 0, 0, tl.maximum(first, 0))
-        X = first[:, None] + tl.arange(0, TAPS)[None]           # BLOCK TAPS
-        x0, x1, lam = _source(X, scale_x, w)
-        weight = tl.where(x0 == j[:, None], 1 - lam, 0.0) + tl.where(x1 == j[:, None], lam, 0.0)
-        inside = (X < W) & (j < w)[:, None]
-        top = tl.where(row == 0, 0, tl.maximum(tl.ceil((row - 0.5) / scale_y - 0.5).to(tl.int32) - 1, 0))
-        bottom = tl.minimum(tl.floor((row + 1.5) / scale_y - 0.5).to(tl.int32) + 2, H)
-        bottom = tl.where(row == h - 1, H, bottom)
-        total = tl.zeros((BLOCK, TAPS), tl.float32)
-        for k in range(0, bottom - top):
-            Y = top + k
-            y0, y1, lam_y = _source(Y, scale_y, h)
-            weight_y = tl.where(y0 == row, 1 - lam_y, 0.0) + tl.where(y1 == row, lam_y, 0.0)
-            total += weight_y * tl.load(grad + Y * W + X, inside, 0.0).to(tl.float32)
-        std = _of_channel(plane, std0, std1, std2)
-        value = tl.sum(tl.where(inside, total * weight, 0.0), axis=1) / std
-        tl.store(grad_x + (plane.to(tl.int64) * h + row) * w + j, value.to(grad_x.dtype.element_ty), j < w)
+    def _forward_kernel(x, out, h, w, H, W, W_by_VEC, scale_y, scale_x, mean0, mean1, mean2, std0, std1, std2,
+                        GAPS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+        """One program: GAPS gaps, BLOCK columns of one plane. What remains per output pixel is one
+        multiplication, one addition and the write."""
+        bands = tl.cdiv(h + 1, GAPS)
+        band, plane = tl.program_id(0) % bands, tl.program_id(0) // bands
+        mean, std = _of_channel(plane, mean0, mean1, mean2), _of_channel(plane, std0, std1, std2)
+        x += plane.to(tl.int64) * h * w                         # a plane fits 32 bits, a batch may not
+        out += plane.to(tl.int64) * (H * W_by_VEC) * VEC        # says that it is a multiple: wider writes
+        X = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = X // VEC < W_by_VEC
+        place = tl.clamp((X + 0.5) * scale_x - 0.5, 0.0, w - 1.0)
+        x0 = place.to(tl.int32)
+        x1, lam = tl.minimum(x0 + 1, w - 1), place - x0
+        top = band * GAPS - 1
+        below = _stretched(x + tl.maximum(top, 0) * w, x0, x1, lam, inside, mean, std)
+        for k in range(0, tl.minimum(GAPS, h - top)):
+            gap = top + k
+            above = below
+            below = _stretched(x + tl.minimum(gap + 1, h - 1) * w, x0, x1, lam, inside, mean, std)
+            slope = below - above
+            first, end = _outputs(gap, h, H, scale_y)
+            for row in range(0, end - first):
+                Y = first + row
+                value = above + slope * ((Y + 0.5) * scale_y - 0.5 - gap)
+                tl.store(out + Y * W_by_VEC * VEC + X, value.to(out.dtype.element_ty), inside)
+
+    @triton.jit
+    def _backward_kernel(grad, grad_x, h, w, H, W, W_by_VEC, scale_y, scale_x, std0, std1, std2, STEP,
+                         ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+                         VEC: tl.constexpr):
+        """One program: ROWS rows, STEP columns of the input's gradient, gathered from the output pixels that
+        looked at them: nothing is written twice, and the order of each sum is fixed. First down the BLOCK
+        output columns, where neighbouring threads read neighbours, then once per row across the columns."""
+        bands = tl.cdiv(h, ROWS)
+        band, plane = tl.program_id(0) % bands, tl.program_id(0) // bands
+        grad += plane.to(tl.int64) * (H * W_by_VEC) * VEC
+        grad_x += plane.to(tl.int64) * h * w
+        start = tl.program_id(1) * STEP
+        base = tl.where(start == 0, 0, _first_output(start - 1, scale_x)) // VEC * VEC
+        X = base + tl.arange(0, BLOCK)
+        inside = X // VEC < W_by_VEC
+        # Column j is looked at from (j - 1, j + 1), with a weight that falls from 1 at j to 0 at the ends.
+        j = start + tl.arange(0, COLUMNS)
+        first = tl.where(j == 0, 0, _first_output(j - 1, scale_x))
+        taps = first[None] + tl.arange(0, TAPS)[:, None]                                # TAPS COLUMNS
+        place = tl.clamp((taps + 0.5) * scale_x - 0.5, 0.0, w - 1.0)
+        weight = tl.maximum(1 - tl.abs(place - j[None]), 0.0) / _of_channel(plane, std0, std1, std2)
+        weight = tl.where(taps < W, weight, 0.0)
+        taps = tl.reshape(tl.minimum(taps - base, BLOCK - 1), [TAPS * COLUMNS])
+        mine = (j < start + STEP) & (j < w)
+        top = band * ROWS
+        handed_on = tl.zeros([BLOCK], tl.float32)
+        for k in range(0, tl.minimum(ROWS, h - top) + 1):
+            gap = top - 1 + k
+            first_row, end_row = _outputs(gap, h, H, scale_y)
+            # lam = at_first + row * scale_y grows evenly, so two sums are enough: of g, and of row times g.
+            plain, times_row = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            for row in range(0, end_row - first_row):
+                value = tl.load(grad + (first_row + row) * W_by_VEC * VEC + X, inside, 0.0).to(tl.float32)
+                plain += value
+                times_row += row * value
+            at_first = (first_row + 0.5) * scale_y - 0.5 - gap
+            mixed = tl.where(gap == h - 1, 0.0, at_first * plain + scale_y * times_row)
+            mixed = tl.where(gap < 0, plain, mixed)
+            total, handed_on = handed_on + plain - mixed, mixed
+            across = tl.reshape(tl.gather(total, taps, 0), [TAPS, COLUMNS])
+            value = tl.sum(across * weight, axis=0).to(grad_x.dtype.element_ty)
+            tl.store(grad_x + gap * w + j, value, mine & (k > 0))
 
 
 class FusedUpsampleNormalize(torch.autograd.Function):
@@ -127,9 +152,10 @@ class FusedUpsampleNormalize(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.size, ctx.std = x.shape, x.dtype, size, std
         out = x.new_empty((n, c, H, W), dtype=dtype)
         if n:
-            block = min(512, triton.next_power_of_2(W))
-            _forward_kernel[(n * c * (h + 1), triton.cdiv(W, block))](
-                x.contiguous(), out, h, w, H, W, h / H, w / W, *mean, *std, BLOCK=block, num_warps=4)
+            vec, block, gaps = math.gcd(W, 8), 128, 8
+            _forward_kernel[(n * c * triton.cdiv(h + 1, gaps), triton.cdiv(W, block))](
+                x.contiguous(), out, h, w, H, W, W // vec, h / H, w / W, *mean, *std,
+                GAPS=gaps, BLOCK=block, VEC=vec, num_warps=2)
         return out
 
     @staticmethod
@@ -138,11 +164,15 @@ class FusedUpsampleNormalize(torch.autograd.Function):
         (n, c, h, w), (H, W) = ctx.shape, ctx.size
         grad_x = grad.new_empty(ctx.shape, dtype=ctx.dtype)
         if n:
-            taps = triton.next_power_of_2(math.ceil(2 * W / w) + 4)
-            block = max(1, min(triton.next_power_of_2(w), 1024 // taps))
-            _backward_kernel[(n * c * h, triton.cdiv(w, block))](
-                grad.contiguous(), grad_x, h, w, H, W, h / H, w / W, *ctx.std,
-                TAPS=taps, BLOCK=block, num_warps=4)
+            vec, rows = math.gcd(W, 8), 8
+            taps = triton.next_power_of_2(2 * W // w + 1)       # whole numbers in an interval of 2 W / w
+            block = max(256, triton.next_power_of_2(2 * W // w + 1 + vec))
+            step = min(w, 128, (block - vec) * w // W - 1)      # looked at from (step + 1) W / w places
+            step = triton.cdiv(w, triton.cdiv(w, step))         # programs of one size
+            _backward_kernel[(n * c * triton.cdiv(h, rows), triton.cdiv(w, step))](
+                grad.contiguous(), grad_x, h, w, H, W, W // vec, h / H, w / W, *ctx.std, step,
+                ROWS=rows, COLUMNS=triton.next_power_of_2(step), TAPS=taps, BLOCK=block, VEC=vec,
+                num_warps=2)
         return grad_x, None, None, None, None
 
 
