@@ -1,0 +1,313 @@
+"""Real videos, made here with PyAV: the right frame at the right time; a bad file costs itself and no more.
+
+A frame tells its number by its grey level, so that a test sees which frames a clip is made of.
+"""
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+import decode
+
+W, H, N, FPS = 64, 48, 14, 7
+
+
+def level(i):
+    return 20 + i * 8 % 208                                         # 26 levels, far enough apart
+
+
+def grey(i, size=(W, H)):
+    return np.full((*size[::-1], 3), level(i), np.uint8)
+
+
+def write(path, times, codec="libx264", pix_fmt="yuv420p", size=(W, H), paint=grey, gop=12, options=None,
+          **settings):
+    """A video of frames paint(i) at `times` in seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        stream.codec_context.gop_size = gop
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 12000 if codec != "mpeg4" else 30)
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(paint(i), "rgb24").reformat(format=pix_fmt)
+            frame.time_base = stream.codec_context.time_base
+            frame.pts = round(time / frame.time_base)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return str(path)
+
+
+def at_rate(rate, seconds=3.0):
+    return [i / rate for i in range(round(seconds * float(rate)))]
+
+
+def read(path, start=0.0, num_frames=N, width=W, height=H, fps=FPS):
+    return decode.read_clip(str(path), start, num_frames, width, height, fps)
+
+
+def expected(times, begin, num_frames=N, fps=FPS):
+    """The frame that a player shows: the last one presented until then."""
+    moments = [begin + i / fps + decode.TOLERANCE for i in range(num_frames)]
+    return [level(max(i for i, time in enumerate(times) if time <= moment)) for moment in moments]
+
+
+def assert_shows(path, times, tolerance=4):
+    for start in (0.0, 0.31, 0.77):
+        frames, facts = read(path, start)
+        middle = frames[:, H // 2, W // 2].astype(int)              # f 3
+        wanted = expected(times, times[0] + facts["start"])
+        assert np.abs(middle - np.array(wanted)[:, None]).max() <= tolerance, (start, middle[:, 0], wanted)
+        assert (facts["start"] > 0) == (start > 0)
+
+
+# ---- the right frame at the right time ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [7, 24, Fraction(30000, 1001), 60])
+def test_constant_rates(tmp_path, rate):
+    times = at_rate(rate)
+    assert_shows(write(tmp_path / "a.mp4", times), times)
+    assert_shows(write(tmp_path / "a.mkv", times), times)           # which rounds times to milliseconds
+
+
+def test_variable_rate(tmp_path):
+    steps = np.random.default_rng(0).choice([1 / 60, 1 / 30, 1 / 8, 0.4], 40)
+    times = [0.0, *np.cumsum(steps).round(3).tolist()]
+    assert_shows(write(tmp_path / "a.mp4", times), times)
+    assert_shows(write(tmp_path / "a.mkv", times), times)
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt", [
+    ("a.webm", "libvpx-vp9", "yuv420p"), ("a.mp4", "libx265", "yuv420p"), ("a.avi", "mpeg4", "yuv420p"),
+    ("a.mov", "mjpeg", "yuvj420p"), ("a.mkv", "ffv1", "yuv444p"), ("ten-bit.mp4", "libx264", "yuv420p10le"),
+    ("ten-bit.mkv", "libx265", "yuv420p10le"), ("grey.mkv", "ffv1", "gray")])
+def test_codecs_and_depths(tmp_path, name, codec, pix_fmt):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    times = at_rate(30)
+    settings = {"gray": {"color_range": 2}, "yuv420p": {"bit_rate": 4_000_000}}.get(pix_fmt, {})
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    assert_shows(write(tmp_path / name, times, codec, pix_fmt, options=options, **settings), times)
+
+
+def test_the_first_frame_need_not_be_at_zero(tmp_path):
+    times = [2.5 + time for time in at_rate(24)]
+    assert_shows(write(tmp_path / "a.mp4", times), times)
+
+
+def test_clips_that_are_just_long_enough(tmp_path):
+    """What `sampler.py` and others write: 14 frames, the last of which need not say how long it lasts."""
+    for name in ("a.mp4", "a.mkv", "a.webm"):
+        times = at_rate(7, 2.0)
+        path = write(tmp_path / name, times, "libvpx-vp9" if "webm" in name else "libx264")
+        assert read(path, 0.9)[0][:, 9, 9, 0].tolist() == pytest.approx(expected(times, 0.0), abs=4)
+        with pytest.raises(decode.BadVideo, match="14 frames of 15"):
+            read(path, num_frames=15)
+
+
+def test_key_frames_that_are_no_clean_start(tmp_path):
+    """Open groups of pictures, of which a decoder cannot show the first frames: it has to begin earlier."""
+    times = at_rate(30, 8.0)
+    options = {"x265-params": "open-gop=1:log-level=none"}
+    path = write(tmp_path / "a.mp4", times, "libx265", gop=15, options=options)
+    for start in np.linspace(0.05, 0.95, 10).tolist():
+        frames, facts = read(path, start)
+        assert facts["start"] == pytest.approx(start * (8 - 13 / 7), abs=0.02)
+        assert np.abs(frames[:, 20, 20, 0].astype(int) - expected(times, facts["start"])).max() <= 4
+
+
+def test_only_what_the_clip_needs_is_decoded(tmp_path, monkeypatch):
+    path, decoded = write(tmp_path / "long.mp4", at_rate(30, 60.0), gop=15), []
+    original = decode.on_display
+    monkeypatch.setattr(decode, "on_display", lambda frames, *rest: original(
+        (decoded.append(frame.time) or frame for frame in frames), *rest))
+    for start in (0.0, 0.5, 0.9):
+        decoded.clear()
+        _, facts = read(path, start)
+        assert facts["start"] == pytest.approx(start * (60 - 13 / 7), abs=0.02)
+        assert 13 / 7 * 30 < len(decoded) <= 13 / 7 * 30 + 15 + 2           # of 1800
+        assert facts["start"] - 0.5 <= decoded[0] <= facts["start"] + 0.002
+
+
+# ---- what a picture looks like --------------------------------------------------------------------------
+
+
+def corners(size):
+    """Red above left, green above right, blue below left, white below right."""
+    w, h = size
+    image = np.full((h, w, 3), 235, np.uint8)
+    image[:h // 2, :w // 2], image[:h // 2, w // 2:] = (220, 30, 30), (30, 200, 30)
+    image[h // 2:, :w // 2] = 30, 30, 220
+    return lambda i: image
+
+
+def colours(picture):
+    h, w, _ = picture.shape
+    names = {(220, 30, 30): "r", (30, 200, 30): "g", (30, 30, 220): "b", (235, 235, 235): "w"}
+    points = [picture[y, x].astype(int) for y in (h // 6, h - h // 6) for x in (w // 6, w - w // 6)]
+    return "".join(names[min(names, key=lambda name: np.abs(point - name).sum())] for point in points)
+
+
+def rotated(path, degrees):
+    """Writes the display matrix into the track header of an mp4."""
+    content = bytearray(Path(path).read_bytes())
+    start = content.index(b"tkhd") + 4 + 40                         # the matrix is behind version, flags, ..
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    matrix = [cos, sin, 0, -sin, cos, 0, 0, 0, 0x4000]
+    content[start:start + 36] = struct.pack(">9i", *(value * 0x10000 for value in matrix))
+    Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize("degrees, upright", [(0, "rgbw"), (90, "brwg"), (180, "wbgr"), (270, "gwrb")])
+def test_rotation(tmp_path, degrees, upright):
+    path = write(tmp_path / "a.mp4", at_rate(8), size=(96, 64), paint=corners((96, 64)))
+    rotated(path, degrees)                                          # clockwise, as a phone writes it
+    for size in ((48, 64), (64, 48)):
+        frames, _ = read(path, width=size[0], height=size[1])
+        assert frames.shape == (N, size[1], size[0], 3) and colours(frames[0]) == upright
+
+
+def test_odd_sizes_and_aspect(tmp_path):
+    def circle(w, h, stretch=1):
+        y, x = np.mgrid[:h, :w]
+        inside = ((x - w / 2) * stretch) ** 2 + (y - h / 2) ** 2 < (min(w * stretch, h) / 4) ** 2
+        return lambda i: np.repeat(np.where(inside, 230, 20).astype(np.uint8)[..., None], 3, 2)
+
+    def assert_round(frames, w, h):                                 # in 96x64, which w x h covers
+        rows, columns = np.nonzero(frames[0, :, :, 0] > 125)
+        diameters = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+        assert max(abs(d - min(w, h) / 2 * max(96 / w, 64 / h)) for d in diameters) <= 2, diameters
+    for w, h, codec, fmt in ((321, 181, "ffv1", "yuv444p"), (213, 480, "libx264", "yuv444p")):
+        path = write(tmp_path / f"{w}.mkv", at_rate(8), codec, fmt, size=(w, h), paint=circle(w, h))
+        frames, facts = read(path, width=96, height=64)
+        assert facts["size"] == [w, h]
+        assert_round(frames, w, h)
+    squeezed = write(tmp_path / "sar.mp4", at_rate(8), size=(90, 120), paint=circle(90, 120, 2),
+                     sample_aspect_ratio=Fraction(2, 1))            # pixels twice as wide as high
+    assert_round(read(squeezed, width=96, height=64)[0], 180, 120)
+
+
+def test_resizing_is_antialiased(tmp_path):
+    board = np.indices((384, 512)).sum(0) % 2 * 255
+    fine = np.repeat(board.astype(np.uint8)[..., None], 3, 2)
+    path = write(tmp_path / "a.mkv", at_rate(7), "ffv1", "yuv444p", size=(512, 384), paint=lambda i: fine)
+    frames, _ = read(path)
+    assert np.abs(frames.astype(int) - 127).max() <= 12             # grey, not what happens to be hit
+
+
+def test_hd_colours_without_a_label(tmp_path):
+    """Nobody says which matrix: HD is BT.709, as every player assumes."""
+    colour = np.empty((720, 1280, 3), np.uint8)
+    colour[:] = (40, 180, 60)
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=7, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        for _ in range(14):
+            frame = av.VideoFrame.from_ndarray(colour, "rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="itu709")
+            frame.colorspace = 2
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    frames, _ = read(path)
+    assert np.abs(frames[0, 20, 20].astype(int) - (40, 180, 60)).max() <= 6
+
+
+def test_interlaced_frames_show_one_moment(tmp_path):
+    """Odd lines are of a later moment: shown together they are combs."""
+    def two_moments(i):
+        image = np.full((96, 128, 3), 30, np.uint8)
+        image[::2, 40:60] = image[1::2, 70:90] = 220                # the bar has moved in between
+        return image
+    path = write(tmp_path / "a.mp4", at_rate(25), size=(128, 96), paint=two_moments,
+                 options={"x264-params": "tff=1", "crf": "10"})
+    with av.open(path) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    frames, _ = read(path, width=128, height=96)
+    bar = frames[0, :, :, 0].astype(int)
+    assert bar[:, 44:56].mean() > 150 and bar[:, 74:86].mean() < 80
+
+
+# ---- what is wrong with a file, and what it costs --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good_video(tmp_path_factory):
+    return Path(write(tmp_path_factory.mktemp("good") / "good.mp4", at_rate(24)))
+
+
+def bad_files(folder, good):
+    """Files that cannot be used, and a word of the reason of each."""
+    content = good.read_bytes()
+    for name, damaged in (("empty", b""), ("text", b"not a video\n" * 99),
+                          ("half", content[:len(content) // 2]),
+                          ("playlist", b"#EXTM3U\n#EXTINF:9,\n" + os.fsencode(good) + b"\n"),
+                          ("script", b"ffconcat version 1.0\nfile '" + os.fsencode(good) + b"'\n")):
+        (folder / f"{name}.mp4").write_bytes(damaged)
+    write(folder / "short.mp4", at_rate(24, 1.0))
+    write(folder / "one-frame.mkv", [0.0])
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), "fltp", "mono")
+        sound.rate = 44100
+        container.mux([*stream.encode(sound), *stream.encode()])
+    (folder / "dangling.mp4").symlink_to(folder / "nothing")
+    return {"empty.mp4": "nvalid", "text.mp4": "nvalid", "half.mp4": "nvalid", "playlist.mp4": "nvalid",
+            "script.mp4": "nvalid", "short.mp4": "shorter", "one-frame.mkv": "shorter",
+            "sound.mp4": "no video", "dangling.mp4": "No such file"}
+
+
+def test_reasons(tmp_path, good_video):
+    for name, reason in bad_files(tmp_path, good_video).items():
+        for start in (0.0, 0.5):
+            with pytest.raises(decode.BadVideo, match=reason):
+                read(tmp_path / name, start)
+
+
+def test_frames_of_absurd_size(tmp_path, monkeypatch):
+    for size in ((640, 480), (8, 320)):                             # the second one when it covers 64x48
+        paint = lambda i, size=size: grey(i, size)
+        path = write(tmp_path / "a.mkv", at_rate(7, 2.5), "ffv1", size=size, paint=paint)
+        monkeypatch.setattr(decode, "MAX_PIXELS", 640 * 480)
+        read(path)
+        monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 2560 - 1)
+        with pytest.raises(decode.BadVideo, match=f"{size[0]}x{size[1]}"):
+            read(path)
+
+
+def test_damage_never_shows(tmp_path):
+    """Cut at every tenth, bytes flipped at random: the frames are right, or there are none."""
+    noise = np.random.default_rng(1)
+    texture = noise.integers(0, 16, (H, W, 1)).astype(np.uint8)     # so that there is something to damage
+    times = at_rate(24)
+    path = Path(write(tmp_path / "good.mkv", times, paint=lambda i: np.clip(grey(i) + texture, 0, 255),
+                      options={"crf": "4"}))
+    content, whole = path.read_bytes(), 0
+    damaged = [content[:len(content) * i // 10] for i in range(10)]
+    for _ in range(30):
+        flipped = bytearray(content)
+        for place in noise.integers(0, len(content), 4):
+            flipped[place] ^= 1 << noise.integers(8)
+        damaged.append(bytes(flipped))
+    for i, content in enumerate(damaged):
+        (tmp_path / "bad.mkv").write_bytes(content)
+        try:
+            frames, facts = read(tmp_path / "bad.mkv", 0.6 * (i % 2))
+        except decode.BadVideo:
+            continue
+        whole += 1
+        middle = frames[:, H // 2 - 8:H // 2 + 8, W // 2 - 8:W // 2 + 8].mean((1, 2, 3)) - texture.mean()
+        # A flipped bit that no decoder notices may spoil pixels until the next key frame, but not the time.
+        wrong = sum(abs(a - b) > 6 for a, b in zip(middle, expected(times, facts["start"])))
+        assert wrong <= 8 * (i >= 10), (i, middle, expected(times, facts["start"]))
+    assert 5 < whole < len(damaged)
