@@ -1,4 +1,4 @@
-"""Where clips come from.
+"""Where clips come from: a toy world, and real videos.
 
 The toy world: procedural clips, 14 frames of 128x128 at 7 fps, in which everything of the paper can be run in
 minutes. One to three textured shapes on a textured background move, turn and bounce off the borders. Their
@@ -15,10 +15,30 @@ To look at the first eight clips:
 
     python -c "import data, PIL.Image; sheet = data.contact_sheet(data.toy_clips(0, range(8)).frames); \\
         PIL.Image.fromarray(sheet.numpy()).save('toy.png')"
-"""
 
+Real videos: a folder tree, a .csv or .jsonl list, or OpenVid-1M as it is downloaded. They are decoded by
+processes that may die: a bad file costs that file.
+
+    clips = Clips(open_files(VIDEOS), seed, num_frames, width, height)
+    frames = clips.take(numbers)                            # [b] -> b f H W 3, uint8
+
+Numbers count on through all epochs. Which file clip `number` is, from where, mirrored or not is a function of
+(seed, number): the position in the data is one integer, on any number of processes.
+"""
+import csv
+import json
 import math
-from functools import cache
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -197,6 +217,18 @@ class Latents(NamedTuple):
 
 
 @torch.no_grad()
+def encode_clips(vae, image_encoder, frames, noise, strength, motion_bucket_id, fps=FPS):
+    """Clips [b f 3 H W] in [-1, 1], standard normal noise [b 3 H W], its strength [b] in the condition image
+    (which is the first frame), motion bucket [b] -> Latents."""
+    image, num_frames = frames[:, 0], frames.shape[1]                                   # b 3 H W
+    noisy = image + strength[:, None, None, None] * noise                               # b 3 H W
+    pixels = torch.cat((frames.flatten(0, 1), noisy))                                   # (b f + b) 3 H W
+    latents, image_latents = vae.encode(pixels).tensor_split([-len(noisy)])
+    latents = rearrange(latents * vae.config["scaling_factor"], "(b f) c h w -> b f c h w", f=num_frames)
+    ids = torch.stack((torch.full_like(strength, fps - 1), motion_bucket_id, strength), dim=1)      # b 3
+    return Latents(latents.bfloat16(), model.embed_image(image_encoder, image), image_latents.bfloat16(), ids)
+
+
 def toy_latents(vae, image_encoder, seed: int, num_clips: int, num_frames: int = 14, size: int = 128,
                 device="cpu", batch_size: int = 64) -> Latents:
     """Render and encode clips 0 .. num_clips - 1 of the world `seed`. The noise on the condition image has
@@ -205,17 +237,10 @@ def toy_latents(vae, image_encoder, seed: int, num_clips: int, num_frames: int =
     for start in tqdm(range(0, num_clips, batch_size), "latents", disable=None):
         numbers = torch.arange(start, min(start + batch_size, num_clips))
         batch = toy_clips(seed, numbers, num_frames, size, device)
-        image, frames = batch.frames[:, 0], batch.frames.flatten(0, 1)                  # b 3 H W, (b f) 3 H W
         generator.manual_seed(seed * 1_000_003 + start)
-        strength = (-3 + 0.5 * torch.randn(len(image), generator=generator, device=device)).exp()      # b
-        noise = torch.randn(image.shape, generator=generator, device=device)
-        noisy = image + strength[:, None, None, None] * noise                           # b 3 H W
-        latents, image_latents = vae.encode(torch.cat((frames, noisy))).tensor_split([len(frames)])
-        latents = rearrange(latents * vae.config["scaling_factor"], "(b f) c h w -> b f c h w", f=num_frames)
-        fps = torch.full_like(strength, FPS - 1)
-        ids = torch.stack((fps, batch.motion_bucket_id, strength), dim=1)               # b 3
-        embeds = model.embed_image(image_encoder, image)                                # b 1 d
-        cache.append((latents.bfloat16(), embeds, image_latents.bfloat16(), ids))
+        strength = (-3 + 0.5 * torch.randn(len(numbers), generator=generator, device=device)).exp()    # b
+        noise = torch.randn(len(numbers), 3, size, size, generator=generator, device=device)
+        cache.append(encode_clips(vae, image_encoder, batch.frames, noise, strength, batch.motion_bucket_id))
     return Latents(*map(torch.cat, zip(*cache)))
 
 
@@ -224,3 +249,165 @@ def contact_sheet(frames: Tensor, gap: int = 2) -> Tensor:
     frames = F.pad(frames.detach().float().cpu().clamp(-1, 1), (gap, 0, gap, 0), value=1.0)        # n f c h w
     sheet = F.pad(rearrange(frames, "n f c h w -> c (n h) (f w)"), (0, gap, 0, gap), value=1.0)     # c H W
     return rearrange((sheet * 127.5 + 127.5).round().byte(), "c h w -> h w c")
+
+
+# ---- Videos: which files --------------------------------------------------------------------------------
+
+SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .gif".split())
+COLUMNS = ("path", "video", "file", "filename", "video_path")           # OpenVid-1M's is `video`
+
+
+class DataError(model.ModelError):
+    """Data that cannot be used. The message says what, where and what to do."""
+
+
+class Files:
+    """The paths of any number of videos: on disk in a file without a name, in memory 8 bytes each."""
+
+    def __init__(self, paths):
+        self.file, self.ends = tempfile.TemporaryFile(), array("q", [0])
+        for path in paths:
+            self.ends.append(self.ends[-1] + self.file.write(os.fsencode(path)))
+        self.file.flush()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        begin, end = self.ends[i:i + 2]
+        return os.fsdecode(os.pread(self.file.fileno(), end - begin, begin))
+
+
+def open_files(data, where=()):
+    """The videos of a folder, searched in depth, or of a .csv or .jsonl list that has one of COLUMNS. where:
+    keeps the rows in which a column is between limits, [("motion score", 2, 20), ..]. Raises DataError."""
+    data = Path(data).absolute()
+    is_list = data.suffix in (".csv", ".jsonl")
+    if not is_list and (where or not data.is_dir()):
+        raise DataError(f"{data}: not a .csv or .jsonl list" + ", nor a folder" * (not where))
+    files = Files(read_list(data, where) if is_list else walk(data))
+    if not len(files):
+        raise DataError(f"{data}: no videos in it" + ", or none within the limits" * bool(where))
+    return files
+
+
+def walk(root):
+    """The videos below a folder, in the order of their names. Links to folders are not followed."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()                                                  # in place: where os.walk goes next
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def read_list(data, where):
+    """The videos of a list. Paths are relative to its folder, or to the folder in it that is named as the
+    column: OpenVid-1M's video/. A field that is empty or missing is not within any limits."""
+    column = None
+    with open(data, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file) if data.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+        try:
+            limits = [(name, float(low), float(high)) for name, low, high in where]
+            for row in rows:
+                if column is None:                                      # the first row tells the columns
+                    column = next((name for name in COLUMNS if name in row), COLUMNS[0])
+                    if missing := {column, *(name for name, _, _ in limits)} - set(row):
+                        raise DataError(f"no column {min(missing)}, only {', '.join(row)}")
+                    root = next(filter(Path.is_dir, (data.parent / column, data.parent)))
+                with suppress(TypeError, KeyError, ValueError):
+                    if all(low <= float(row[name]) <= high for name, low, high in limits):
+                        yield os.path.join(root, row[column])
+        except (csv.Error, ValueError, TypeError) as error:
+            raise DataError(f"{data}: cannot be read: {error}") from error
+
+
+@lru_cache(4)                                       # this epoch and the next, of training and validation
+def shuffled(seed, epoch, n):
+    """The order of n clips in an epoch: a function of these three numbers and of nothing else."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+# ---- Videos: clips by number, decoded by decode.py --------------------------------------------------------
+
+DECODER = [sys.executable, str(Path(__file__).with_name("decode.py"))]
+TRIES = 1000                                        # bad files in a row until it is hopeless
+
+
+class Clips:
+    """Clips of videos by number, decoded ahead by `workers` processes.
+
+    Clip `number` is of file `number % n` in the shuffle of epoch `number // n`: each file once per epoch. If
+    it is bad, the next good one takes its place, and its path and reason go into `skip_list` (JSONL). What
+    that list names at the start is not tried again. A process that takes `share` numbers in a row out of
+    each `batch_size` gets the right ones decoded ahead.
+    """
+
+    def __init__(self, files, seed, num_frames, width, height, *, fps=FPS, flip=False, workers=4, share=1,
+                 batch_size=1, skip_list=None):
+        self.files, self.seed, self.flip, self.share, self.batch_size = files, seed, flip, share, batch_size
+        self.shape = dict(num_frames=num_frames, width=width, height=height, fps=fps)
+        self.ahead, self.pending, self.local = 2 * workers, {}, threading.local()
+        self.threads = ThreadPoolExecutor(workers)                      # each has a decoding process
+        self.skip_list, self.bad = skip_list and Path(skip_list), {}
+        if skip_list and self.skip_list.exists():
+            with open(self.skip_list) as file:
+                self.bad = {facts["path"]: facts for facts in map(json.loads, file)}
+
+    def read(self, path, start):
+        """decode.read_clip in this thread's process -> (frames, facts), or for a bad file, which is noted,
+        (None, path and reason). If the process dies, the file gets a second one, as it may not be to blame,
+        and a third for its beginning."""
+        if path in self.bad:
+            return None, self.bad[path]
+        for begin in (start, start, 0.0):
+            if (process := getattr(self.local, "process", None)) is None:
+                process = self.local.process = subprocess.Popen(
+                    DECODER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            with suppress(OSError, ValueError):                         # the process is gone
+                request = {"path": path, "start": begin, **self.shape}
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                facts = json.loads(process.stdout.readline())
+                if "reason" in facts:
+                    break
+                shape = *(self.shape[name] for name in ("num_frames", "height", "width")), 3
+                frames = torch.empty(shape, dtype=torch.uint8)
+                if process.stdout.readinto(frames.numpy()) == frames.numel():
+                    return frames, facts
+            self.local.process = None
+            if (status := process.wait()) >= 0:
+                raise DataError(f"videos cannot be decoded, is PyAV installed? `{' '.join(DECODER)}` ended")
+            late = " (it took too long)" * (status == -signal.SIGALRM)
+            facts = {"path": path, "reason": f"its decoder died of {signal.Signals(-status).name}{late}"}
+        if self.bad.setdefault(path, facts) is facts and self.skip_list:        # by one thread if two had it
+            with open(self.skip_list, "a") as file:
+                file.write(json.dumps(facts) + "\n")
+        return None, self.bad[path]
+
+    def clip(self, number):
+        """Clip `number` -> (frames uint8 [f H W 3], facts). Raises DataError if no file is good."""
+        n = len(self.files)
+        epoch, position = divmod(number, n)
+        start, mirror = uniforms(self.seed, torch.tensor([number]), 21, 2)[0].tolist()
+        for i in range(tries := min(TRIES, n)):
+            path = self.files[shuffled(self.seed, epoch, n)[(position + i) % n]]
+            frames, facts = self.read(path, start)
+            if frames is not None:
+                return frames.flip(2) if self.flip and mirror < 0.5 else frames, facts
+        raise DataError(f"none of {tries} videos is good. {path}: {facts['reason']}. `python data.py check` "
+                        "makes a list of the good ones and says what is wrong with the others")
+
+    def take(self, numbers):
+        """Clips `numbers` -> frames uint8 [b f H W 3], while those that come next are being decoded."""
+        wanted = numbers.tolist()
+        number, soon = wanted[-1], []
+        for _ in range(self.ahead):
+            number += 1 if (number + 1) % self.share else 1 + self.batch_size - self.share
+            soon.append(number)
+        for number in wanted + soon:
+            if number not in self.pending:
+                self.pending[number] = self.threads.submit(self.clip, number)
+        frames = torch.stack([self.pending[number].result()[0] for number in wanted])
+        for number in self.pending.keys() - set(soon):
+            self.pending.pop(number).cancel()
+        return frames

@@ -2,15 +2,23 @@
 
 A frame tells its number by its grey level, so that a test sees which frames a clip is made of.
 """
+import csv
+import json
 import os
+import signal
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 
+import data
 import decode
 
 W, H, N, FPS = 64, 48, 14, 7
@@ -311,3 +319,228 @@ def test_damage_never_shows(tmp_path):
         wrong = sum(abs(a - b) > 6 for a, b in zip(middle, expected(times, facts["start"])))
         assert wrong <= 8 * (i >= 10), (i, middle, expected(times, facts["start"]))
     assert 5 < whole < len(damaged)
+
+
+@pytest.fixture
+def fragile(tmp_path, monkeypatch):
+    """A decoder that some files do terrible things to, as some real files do. -> what it was asked for"""
+    script, asked = tmp_path / "fragile.py", tmp_path / "asked"
+    script.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import decode
+decode.TIMEOUT, original = 1, decode.read_clip
+def read_clip(path, start, **shape):
+    with open({str(asked)!r}, "a") as file:
+        print(os.path.basename(path), round(start, 3), file=file)
+    if "crash" in path:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "hang" in path:
+        while True: pass
+    if "middle" in path and start > 0:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "memory" in path:
+        bytearray(8 * 2**30)
+    if "unlucky" in path and not os.path.exists(path + ".killed"):
+        open(path + ".killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(path, start, **shape)
+decode.read_clip = read_clip
+decode.serve()
+""")
+    monkeypatch.setattr(data, "DECODER", [sys.executable, str(script)])
+    return lambda: asked.read_text().split("\n")[:-1]
+
+
+def test_a_file_that_kills_its_decoder_costs_that_file(tmp_path, good_video, fragile):
+    videos, skip_list = tmp_path / "videos", tmp_path / "skipped.jsonl"
+    videos.mkdir()
+    names = ("a.mp4", "b.mp4", "crash.mp4", "hang.mp4", "memory.mp4", "middle.mp4", "unlucky.mp4")
+    for name in names:
+        os.link(good_video, videos / name)
+    clips = data.Clips(data.open_files(videos), 0, N, W, H, workers=2, skip_list=skip_list)
+    assert clips.take(torch.arange(14)).shape == (14, N, H, W, 3)           # two epochs
+    clips.threads.shutdown(cancel_futures=True)
+    found = [json.loads(line) for line in skip_list.read_text().splitlines()]
+    reasons = {Path(row["path"]).stem: row["reason"] for row in found}
+    assert len(found) == 3, found                                   # each once
+    assert "SIGSEGV" in reasons["crash"] and "too long" in reasons["hang"]
+    assert "MemoryError" in reasons["memory"]
+    # What it was killed for was not this file's fault: the same clip as if nothing had happened.
+    number = next(i for i in range(7) if "unlucky" in clips.clip(i)[1]["path"])
+    start = data.uniforms(0, torch.tensor([number]), 21, 2)[0, 0].item()
+    assert torch.equal(clips.clip(number)[0], torch.from_numpy(read(good_video, start)[0].copy()))
+    # What is bad in its middle is good at its beginning.
+    number = next(i for i in range(7) if "middle" in clips.clip(i)[1]["path"])
+    assert clips.clip(number)[1]["start"] == 0
+    # Known bad files are not opened again.
+    before = [line for line in fragile() if "crash" in line]
+    again = data.Clips(data.open_files(videos), 5, N, W, H, workers=1, skip_list=skip_list)
+    for number in range(7):
+        again.clip(number)
+    assert [line for line in fragile() if "crash" in line] == before and len(before) == 3
+    assert len(skip_list.read_text().splitlines()) == 3
+
+
+def test_a_killed_decoder_is_replaced(tmp_path, good_video):
+    os.link(good_video, tmp_path / "a.mp4")
+    clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=1)
+    first, _ = clips.clip(0)
+    clips.local.process.send_signal(signal.SIGKILL)                 # by whoever runs out of memory
+    second, _ = clips.clip(0)
+    assert torch.equal(first, second) and not clips.bad
+
+
+def test_bad_files_are_replaced_and_noted_once(tmp_path, good_video, capfd):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    reasons = bad_files(videos, good_video)
+    for name in ("a.mp4", "b.mp4", "c.MP4"):
+        os.link(good_video, videos / name)
+    (videos / "deep").mkdir()
+    os.link(good_video, videos / "deep" / "d.mp4")
+    (videos / "deep" / "loop").symlink_to(videos)
+    (videos / "notes.txt").write_text("not looked at")
+    files = data.open_files(videos)
+    assert len(files) == len(reasons) + 4
+    clips = data.Clips(files, 0, N, W, H, workers=2, skip_list=tmp_path / "skipped.jsonl")
+    paths = [Path(clips.clip(number)[1]["path"]).name for number in range(2 * len(files))]
+    assert set(paths[:len(files)]) == {"a.mp4", "b.mp4", "c.MP4", "d.mp4"}
+    noted = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(Path(row["path"]).name for row in noted) == sorted(reasons)
+    assert all(reasons[Path(row["path"]).name] in row["reason"] for row in noted)
+
+
+def test_nothing_but_bad_files_ends_with_a_sentence(tmp_path, good_video):
+    bad_files(tmp_path, good_video)
+    clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=2)
+    with pytest.raises(data.DataError, match="none of 9 videos is good.*python data.py check"):
+        clips.take(torch.arange(2))
+
+
+def test_a_decoder_that_does_not_start_blames_no_file(tmp_path, good_video, monkeypatch):
+    os.link(good_video, tmp_path / "a.mp4")
+    monkeypatch.setattr(data, "DECODER", [sys.executable, "-c", "raise SystemExit(1)"])
+    clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=1, skip_list=tmp_path / "skipped.jsonl")
+    with pytest.raises(data.DataError, match="is PyAV installed"):
+        clips.take(torch.arange(1))
+    assert not (tmp_path / "skipped.jsonl").exists()
+
+
+# ---- order ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven videos, told apart by their first level."""
+    folder = tmp_path_factory.mktemp("seven")
+    for k in range(7):
+        paint = lambda i, k=k: np.full((H, W, 3), 30 * k + i, np.uint8)
+        write(folder / f"{k}.mp4", at_rate(8, 3.0), paint=paint)
+    return folder
+
+
+def test_order_is_a_function_of_seed_and_number(folder):
+    files = data.open_files(folder)
+    whole = data.Clips(files, 3, N, W, H, workers=2).take(torch.arange(16))
+    for rank in range(2):                                           # of two processes, resumed at 8
+        mine = data.Clips(files, 3, N, W, H, workers=1, share=4, batch_size=8)
+        first = 8 + 4 * rank
+        for part in torch.arange(first, first + 4).split(2):
+            assert torch.equal(mine.take(part), whole[part])
+    assert not torch.equal(data.Clips(files, 4, N, W, H, workers=2).take(torch.arange(7)), whole[:7])
+
+
+def test_each_file_once_per_epoch():
+    for epoch in range(3):
+        assert sorted(data.shuffled(1, epoch, 1000).tolist()) == list(range(1000))
+    assert not torch.equal(data.shuffled(1, 0, 1000), data.shuffled(1, 1, 1000))
+    assert not torch.equal(data.shuffled(1, 0, 1000), data.shuffled(2, 0, 1000))
+
+
+def test_what_comes_next_is_decoded_ahead(folder):
+    clips = data.Clips(data.open_files(folder), 0, N, W, H, workers=2, share=2, batch_size=6)
+    clips.take(torch.tensor([2, 3]))
+    assert sorted(clips.pending) == [8, 9, 14, 15]                  # what this process of three will ask for
+
+
+def test_flip(tmp_path):
+    write(tmp_path / "a.mp4", at_rate(8), paint=corners((W, H)))
+    clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=1, flip=True)
+    seen = [colours(clips.clip(number)[0][0].numpy()) for number in range(12)]
+    assert set(seen) == {"rgbw", "grwb"} and seen == [colours(clips.clip(i)[0][9].numpy()) for i in range(12)]
+    mirrored = (data.uniforms(0, torch.arange(1000), 21, 2)[:, 1] < 0.5).float().mean()
+    assert 0.45 < mirrored < 0.55
+
+
+# ---- lists ----------------------------------------------------------------------------------------------
+
+OPENVID = ("video", "caption", "aesthetic score", "motion score", "temporal consistency score",
+           "camera motion", "frame", "fps", "seconds")
+
+
+def openvid(file, rows):
+    with open(file, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(OPENVID)
+        for i in range(rows):
+            caption = f'A "quoted", long\ncaption {i}' if i % 3 else "A plain caption of some length " * 4
+            writer.writerow((f"clip_{i}.mp4", caption, 4 + i % 3, i % 10, 0.99, "static", i, 24.0, i % 7))
+    return file
+
+
+def test_openvid(tmp_path):
+    """The CSV beside a flat folder video/, with filters on its own columns."""
+    (tmp_path / "video").mkdir()
+    file = openvid(tmp_path / "OpenVid-1M.csv", 200)
+    files = data.open_files(file)
+    assert len(files) == 200 and files[199] == str(tmp_path / "video" / "clip_199.mp4")
+    some = data.open_files(file, [("motion score", 2, 5), ("seconds", "3", "inf"), ("aesthetic score", 5, 9)])
+    wanted = [i for i in range(200) if 2 <= i % 10 <= 5 and i % 7 >= 3 and i % 3 >= 1]
+    assert [some[k] for k in range(len(some))] == [str(tmp_path / "video" / f"clip_{i}.mp4") for i in wanted]
+
+
+def test_lists_of_paths(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeffpath,seconds\nx/1.mp4,5\n/abs/2.mp4,\n3.mp4\n\n4.mp4,7\n")
+    files = data.open_files(tmp_path / "a.csv")
+    assert [files[i] for i in range(4)] == [str(tmp_path / "x/1.mp4"), "/abs/2.mp4", *(
+        str(tmp_path / f"{k}.mp4") for k in (3, 4))]
+    assert len(data.open_files(tmp_path / "a.csv", [("seconds", 0, "inf")])) == 2       # no empty fields
+    odd = 'a "b",\u00e9\n.mp4'
+    (tmp_path / "b.jsonl").write_text(json.dumps({"file": odd, "n": 1}) + '\n\n{"n": 2}\n')
+    files = data.open_files(tmp_path / "b.jsonl")
+    assert len(files) == 1 and files[0] == str(tmp_path / odd)
+
+
+@pytest.mark.parametrize("name, text, where, message", [
+    ("a.csv", "name,score\nx,1\n", (), "no column path, only name, score"),
+    ("a.csv", "path,score\nx,1\n", [("scores", 1, 2)], "no column scores"),
+    ("a.csv", "path,score\nx,1\n", [("score", 2, 3)], "none within the limits"),
+    ("a.csv", "path,score\nx,1\n", [("score", "two", 3)], "two"),
+    ("a.csv", "", (), "no videos"), ("a.csv", "path\n", (), "no videos"),
+    ("a.jsonl", "{}\n", (), "no column path"), ("a.jsonl", "[1]\n", (), "no column path|cannot be read"),
+    ("a.jsonl", '{"path": "x"}\n{"path"', (), "cannot be read"), ("a.txt", "x.mp4\n", (), "nor a folder")])
+def test_lists_that_are_none(tmp_path, name, text, where, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(data.DataError, match=message):
+        data.open_files(tmp_path / name, where)
+
+
+def test_a_million_rows(tmp_path):
+    """In seconds, and in memory a few bytes per row."""
+    row = 'clip_%d.mp4,"a caption, of some length, about this and that",5.1,4.2,0.99,static,100,24.0,4.1\n'
+    with open(tmp_path / "a.csv", "w") as file:
+        file.write(",".join(OPENVID) + "\n")
+        file.writelines(row % i for i in range(1_000_000))
+    code = f"""
+import resource, time, data, torch
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+files = data.open_files({str(tmp_path / "a.csv")!r}, [("motion score", 4, 5)])
+opened = time.perf_counter() - start
+order = data.shuffled(0, 0, len(files))
+print(len(files), files[order[5]].endswith(f"clip_{{order[5]}}.mp4"), opened,
+      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    print(output)                                                   # seconds to open it, then kilobytes
+    count, right, seconds, kilobytes = output.split()
+    assert (count, right) == ("1000000", "True") and float(seconds) < 15 and int(kilobytes) < 64 * 1024
