@@ -19,13 +19,19 @@ To look at the first eight clips:
 Real videos: a folder tree, a .csv or .jsonl list, or OpenVid-1M as it is downloaded. They are decoded by
 processes that may die: a bad file costs that file.
 
-    clips = Clips(open_files(VIDEOS), seed, num_frames, width, height)
-    frames = clips.take(numbers)                            # [b] -> b f H W 3, uint8
+    python data.py check VIDEOS --out good.jsonl            # a list of the good ones
+    python data.py preview VIDEOS --out sheet.png           # what a trainer will see
+    python data.py encode VIDEOS --model M --out SHARDS     # latents, once; resumes; also under torchrun
 
-Numbers count on through all epochs. Which file clip `number` is, from where, mirrored or not is a function of
-(seed, number): the position in the data is one integer, on any number of processes.
+    latents = open_data("toy" or VIDEOS or SHARDS, vae, image_encoder, seed, num_frames, width, height, ...)
+    x0, cond = latents.take(numbers)                        # [b] -> b f 4 h w and model.Cond, fp32
+
+Numbers count on through all epochs. Which file clip `number` is, from where, mirrored or not and with which
+noise is a function of (seed, number): the position in the data is one integer, on any number of processes.
 """
+import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -47,6 +53,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import engine
 import model
 
 # ---- The toy world --------------------------------------------------------------------------------------
@@ -411,3 +418,185 @@ class Clips:
         for number in self.pending.keys() - set(soon):
             self.pending.pop(number).cancel()
         return frames
+
+
+# ---- Videos: latents, made when asked for, or once and for all ------------------------------------------
+
+MOTION_SCALE = 0.1                  # change per frame, in [-1, 1], at which the motion bucket is 162 of 255
+
+
+class VideoLatents:
+    """Clips encoded when they are asked for: no disk, but the VAE's time in every step."""
+
+    def __init__(self, clips, vae, image_encoder, motion_bucket_id=None):
+        self.clips, self.nets, self.motion_bucket_id = clips, (vae, image_encoder), motion_bucket_id
+
+    def take(self, numbers):
+        """Clips `numbers` [b] -> x0 [b f 4 h w] and their model.Cond, fp32."""
+        return self.encode(numbers).take(torch.arange(len(numbers)))
+
+    def encode(self, numbers):
+        """Clips `numbers` [b] -> Latents, one by one, so that a clip is the same in any batch. The noise on
+        the condition image has the strength SVD was trained with, ln N(-3, 0.5^2). The motion bucket, unless
+        fixed, is 1 + 254 (1 - exp(-change / MOTION_SCALE)): the mean absolute change from frame to frame."""
+        rows, device = [], next(self.nets[0].parameters()).device
+        for number, frames in zip(numbers.split(1), self.clips.take(numbers)):
+            frames = rearrange(frames.to(device), "f h w c -> 1 f c h w").float() / 127.5 - 1
+            noise = engine.normal(self.clips.seed, number, 22, frames.shape[2:], device)            # 1 3 H W
+            strength = (-3 + 0.5 * engine.normal(self.clips.seed, number, 23, (), device)).exp()    # 1
+            change = frames.diff(dim=1).abs().mean((1, 2, 3, 4))                                    # 1
+            bucket = (255 - 254 * (-change / MOTION_SCALE).exp()).round()
+            if self.motion_bucket_id:
+                bucket = torch.full_like(bucket, self.motion_bucket_id)
+            rows.append(encode_clips(*self.nets, frames, noise, strength, bucket, self.clips.shape["fps"]))
+        return Latents(*map(torch.cat, zip(*rows)))
+
+
+class ShardLatents:
+    """What `encode` wrote, mapped into memory: a step reads its own clips and no others."""
+
+    def __init__(self, folder, seed, device):
+        self.seed, self.device, self.index = seed, device, dict(model.read_json(folder / "index.json"))
+        if self.index.pop("sha256", "") != digest(json.dumps(self.index).encode()):
+            raise DataError(f"{folder}/index.json: its checksum is wrong: run the same `encode` again")
+        shards = (model.read_safetensors([folder / name]) for name in self.index["shards"])
+        self.shards = [Latents(**dict(tensors)) for tensors in shards]
+
+    def take(self, numbers):
+        """Clips `numbers` [b], each once per epoch, shuffled -> x0 [b f 4 h w] and their model.Cond, fp32."""
+        rows, n, size = [], self.index["num_clips"], self.index["shard_size"]
+        for epoch, position in (divmod(number, n) for number in numbers.tolist()):
+            i, row = divmod(shuffled(self.seed, epoch, n)[position].item(), size)
+            rows.append([x[row:row + 1].to(self.device) for x in self.shards[i]])
+        return Latents(*map(torch.cat, zip(*rows))).take(torch.arange(len(rows)))
+
+
+def open_data(data, vae, image_encoder, seed, num_frames, width, height, *, num_clips=None, where=(),
+              motion_bucket_id=None, **options):
+    """What a trainer's --data names: "toy" (num_clips of it), a folder of shards, or videos (`where` as for
+    open_files, options as for Clips). The result has .take(numbers [b]) -> (x0 [b f 4 h w], model.Cond), fp32
+    on the device of `vae`. Raises DataError."""
+    device = next(vae.parameters()).device
+    if data == "toy":
+        return toy_latents(vae, image_encoder, seed, num_clips, num_frames, height, device)
+    if not (Path(data) / "index.json").is_file():
+        clips = Clips(open_files(data, where), seed, num_frames, width, height, **options)
+        return VideoLatents(clips, vae, image_encoder, motion_bucket_id)
+    latents = ShardLatents(Path(data), seed, device)
+    shape = [latents.index[name] for name in ("num_frames", "width", "height")]
+    if shape != [num_frames, width, height]:
+        raise DataError(f"{data}: frames, width, height are {shape}, not {[num_frames, width, height]}")
+    return latents
+
+
+# ---- Commands -------------------------------------------------------------------------------------------
+
+
+def open_clips(args, **options):
+    return Clips(open_files(args.data, args.where), args.seed, args.num_frames, args.width, args.height,
+                 fps=args.fps, flip=args.flip, workers=args.workers, **options)
+
+
+def check(args, out):
+    """sorts videos into a list of the good ones, and one of the others with reasons; verifies shards"""
+    if (Path(args.data) / "index.json").is_file():
+        shards = ShardLatents(Path(args.data), args.seed, "cpu").index["shards"]
+        for name in tqdm(shards, "check", disable=None):
+            if digest((Path(args.data) / name).read_bytes()) != shards[name]:
+                raise DataError(f"{args.data}/{name}: damaged: delete it and run the same `encode` again")
+        return print(f"{args.data}: {len(shards)} shards are as they were written")
+    bad = out.with_suffix(".bad.jsonl")
+    clips, good = open_clips(args), 0
+    bad.unlink(missing_ok=True)                                         # what was bad once is tried again
+    clips.skip_list = bad
+    n, step = len(clips.files), 64 * args.workers                       # a million tasks at once need memory
+    look = lambda i: clips.read(clips.files[i], 0.0)[1]
+    found = (facts for i in range(0, n, step) for facts in clips.threads.map(look, range(n)[i:i + step]))
+    with open(out, "w") as file:
+        for facts in tqdm(found, "check", n, disable=None):
+            if "reason" not in facts:
+                good += file.write(json.dumps(facts) + "\n") > 0
+    print(f"{good} videos are good: {out}; {n - good} are not: {bad}")
+
+
+def preview(args, out):
+    """draws the first clips as a trainer will see them, a row for each"""
+    from PIL import Image
+    frames, facts = zip(*map(open_clips(args).clip, range(args.num_clips or 8)))
+    frames = rearrange(torch.stack(frames), "n f h w c -> n f c h w") / 127.5 - 1
+    Image.fromarray(contact_sheet(frames).numpy()).save(out, "PNG")
+    print(*map(json.dumps, facts), f"wrote {out}", sep="\n")
+
+
+def encode(args, out):
+    """writes the latents and conditions of all clips into shards, which a trainer's --data takes; resumes"""
+    world, size = engine.start_world(), args.shard_size
+    skip_list = out / f"bad-{world.rank}.jsonl"
+    clips = open_clips(args, share=size, batch_size=size * world.size, skip_list=skip_list)
+    count = args.num_clips or len(clips.files)
+    settings = {key: value for key, value in vars(args).items() if key not in ("command", "out", "workers")}
+    settings |= {"num_clips": count, "num_videos": len(clips.files)}
+    if (out / "settings.json").exists() and model.read_json(out / "settings.json") != settings:
+        raise DataError(f"{out} was begun with the settings in {out}/settings.json, which are not today's")
+    how = dict(dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32, device=world.device)
+    nets = model.load_vae(args.model, **how), model.load_image_encoder(args.model, **how)
+    source = VideoLatents(clips, *nets, args.motion_bucket_id)
+    out.mkdir(parents=True, exist_ok=True)                              # now that nothing is wrong
+    if world.rank == 0:
+        model.write_json(out / "settings.json", settings)
+    shards = [out / f"shard-{i:06d}.safetensors" for i in range(math.ceil(count / size))]
+    sums = [shard.with_suffix(".sha256") for shard in shards]           # written last: then the shard is done
+    for i in tqdm(range(world.rank, len(shards), world.size), f"process {world.rank}", disable=None):
+        if not (sums[i].exists() and shards[i].exists()):
+            numbers = torch.arange(i * size, min((i + 1) * size, count)).split(1)
+            latents = Latents(*map(torch.cat, zip(*map(source.encode, numbers))))
+            model.write_safetensors(shards[i], latents._asdict())
+            sums[i].write_text(digest(shards[i].read_bytes()))
+    if all(file.exists() for file in shards + sums):                    # whoever comes last; if two do, both
+        index = settings | {"shards": {shard.name: file.read_text() for shard, file in zip(shards, sums)}}
+        own = out / f"index-{world.rank}.json"
+        model.write_json(own, index | {"sha256": digest(json.dumps(index).encode())})
+        os.replace(own, out / "index.json")
+        print(f"wrote {out}: {count} clips, {sum(shard.stat().st_size for shard in shards) / 1e9:.3g} GB")
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def main():
+    commands = {"check": (check, "good.jsonl"), "preview": (preview, "sheet.png"),
+                "encode": (encode, "shards")}
+    parser = argparse.ArgumentParser(description="Videos for training.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda problem: sys.exit(print(f"data.py: {problem}", file=sys.stderr) or 2)
+    flag = parser.add_argument
+    flag("command", choices=commands, help="; ".join(f"{k} {commands[k][0].__doc__}" for k in commands))
+    flag("data", help="a folder of videos, or a .csv or .jsonl list of paths; check: shards, too")
+    flag("--out", type=Path, help="what is written (None: good.jsonl, sheet.png, shards)")
+    flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
+         help="of a list, only the rows between these limits; inf is none")
+    flag("--num_frames", type=int, default=14, help="frames of a clip")
+    flag("--width", type=int, default=576, help="of a clip; videos are resized to cover it, and cut")
+    flag("--height", type=int, default=320, help="of a clip")
+    flag("--fps", type=int, default=FPS, help="frames per second of a clip")
+    flag("--flip", action="store_true", help="mirror every second clip")
+    flag("--seed", type=int, default=0, help="of order, start times and noise")
+    flag("--workers", type=int, default=os.cpu_count(), help="processes that decode")
+    flag("--num_clips", type=int, help="how many (None: preview 8, encode one per video)")
+    flag("--model", default="assets/toy", help="encode: pipeline folder or hub id")
+    flag("--motion_bucket_id", type=int, help="encode: 1 to 255 (None: measured, from the change of pixels)")
+    flag("--shard_size", type=int, default=256, help="encode: clips per file")
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if type(value) is int and (value < 1 and name != "seed" or value % 8 and name in ("width", "height")):
+            parser.error(f"--{name} {value}: must be positive, and sizes multiples of 8")
+    function, out = commands[args.command]
+    try:
+        function(args, args.out or Path(out))
+    except (model.ModelError, OSError) as problem:
+        parser.error(problem)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import data
 import decode
+import engine
+import model
 
 W, H, N, FPS = 64, 48, 14, 7
 
@@ -544,3 +547,172 @@ print(len(files), files[order[5]].endswith(f"clip_{{order[5]}}.mp4"), opened,
     print(output)                                                   # seconds to open it, then kilobytes
     count, right, seconds, kilobytes = output.split()
     assert (count, right) == ("1000000", "True") and float(seconds) < 15 and int(kilobytes) < 64 * 1024
+
+
+# ---- latents and shards ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nets(pipeline_folder):
+    return model.load_vae(pipeline_folder), model.load_image_encoder(pipeline_folder)
+
+
+def test_latents_of_videos(folder, nets):
+    latents = data.open_data(folder, *nets, 0, 4, W, H, workers=2)
+    x0, cond = latents.take(torch.arange(3))
+    assert x0.shape == (3, 4, 4, H // 8, W // 8) and x0.dtype == torch.float32
+    assert cond.image_embeds.shape == (3, 1, 24) and cond.image_latents.shape == x0.shape
+    assert cond.time_ids.shape == (3, 3) and (cond.time_ids[:, 0] == data.FPS - 1).all()
+    alone, _ = latents.take(torch.tensor([2]))
+    assert torch.equal(alone[0], x0[2])
+    frames = data.Clips(data.open_files(folder), 0, 4, W, H, workers=1).take(torch.tensor([2])) / 127.5 - 1
+    with torch.no_grad():
+        wanted = nets[0].encode(frames[0].permute(0, 3, 1, 2)) * nets[0].config["scaling_factor"]
+    torch.testing.assert_close(x0[2], wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_motion_bucket(tmp_path, nets):
+    for name, step in (("still", 0), ("slow", 1), ("fast", 9)):
+        (tmp_path / name).mkdir()
+        paint = lambda i, step=step: np.full((H, W, 3), 60 + step * i, np.uint8)
+        write(tmp_path / name / "a.mp4", at_rate(7), paint=paint)
+    bucket = lambda name, **how: data.open_data(tmp_path / name, *nets, 0, N, W, H, workers=1, **how).take(
+        torch.arange(1))[1].time_ids[0, 1].item()
+    still, slow, fast = map(bucket, ("still", "slow", "fast"))
+    assert still == 1 and 10 < slow < 40
+    assert fast == pytest.approx(255 - 254 * np.exp(-9 / 127.5 / data.MOTION_SCALE), abs=3)
+    assert bucket("still", motion_bucket_id=127) == 127
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+
+
+SIZE = ("--num_frames", 4, "--width", W, "--height", H, "--workers", 1)
+
+
+def test_encode_resumes_and_notices_damage(tmp_path, folder, nets, pipeline_folder, monkeypatch, capsys):
+    how = ("--model", pipeline_folder, "--shard_size", 2, "--num_clips", 7, *SIZE)
+    run(monkeypatch, "encode", folder, "--out", tmp_path / "whole", *how)
+
+    class Killed(BaseException):
+        pass
+
+    def dies_at_the_third(file, tensors, metadata=None):
+        if "000002" in file.name:
+            file.with_name(f".{file.name}.part").write_bytes(b"half")
+            raise Killed
+        write_safetensors(file, tensors, metadata)
+    write_safetensors = model.write_safetensors
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(model, "write_safetensors", dies_at_the_third)
+        run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how)
+    with pytest.raises(model.ModelError):
+        data.ShardLatents(tmp_path / "parts", 0, "cpu")             # unfinished
+    kept = tmp_path / "parts" / "shard-000000.safetensors"
+    before = kept.stat().st_mtime_ns
+    run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how)
+    assert kept.stat().st_mtime_ns == before
+    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert len([name for name in names if name.endswith(".safetensors")]) == 4
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+    # The trainers' view: each clip once per epoch, the same as encoded on the fly.
+    shards = data.open_data(tmp_path / "whole", *nets, 9, 4, W, H)
+    videos = data.open_data(folder, *nets, 0, 4, W, H, workers=1)
+    x0, cond = shards.take(torch.arange(7))
+    wanted, wanted_cond = videos.take(data.shuffled(9, 0, 7))
+    assert torch.equal(x0, wanted) and all(map(torch.equal, cond, wanted_cond))
+    assert not torch.equal(shards.take(torch.arange(7, 14))[0], x0)
+    with pytest.raises(data.DataError, match="not .5, 64, 48"):
+        data.open_data(tmp_path / "whole", *nets, 9, 5, W, H)
+
+    # Other settings do not mix, damage is found.
+    with pytest.raises(SystemExit) as problem:
+        run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how, "--seed", 1)
+    assert problem.value.code == 2
+    run(monkeypatch, "check", tmp_path / "parts")
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 4
+    kept.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as problem:
+        run(monkeypatch, "check", tmp_path / "parts")
+    error = capsys.readouterr().err.strip().splitlines()
+    assert problem.value.code == 2 and "shard-000000.safetensors: damaged" in error[-1]
+    kept.unlink()
+    with pytest.raises(model.ModelError, match="shard-000000"):
+        data.ShardLatents(tmp_path / "parts", 0, "cpu")
+    run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how)
+    assert kept.read_bytes() == (tmp_path / "whole" / kept.name).read_bytes()
+    index = tmp_path / "parts" / "index.json"
+    index.write_text(index.read_text().replace('"num_clips": 7', '"num_clips": 8'))
+    with pytest.raises(data.DataError, match="checksum"):
+        data.ShardLatents(tmp_path / "parts", 0, "cpu")
+
+
+def test_encode_on_two_processes(tmp_path, folder, pipeline_folder, monkeypatch):
+    how = ["encode", folder, "--model", pipeline_folder, "--shard_size", 2, "--num_clips", 7, *SIZE]
+    run(monkeypatch, *how, "--out", tmp_path / "one")
+    for rank in (1, 0):                                             # they do not talk to each other
+        assert not (tmp_path / "two" / "index.json").exists()
+        world = engine.World(rank, 2, torch.device("cpu"))
+        monkeypatch.setattr(engine, "start_world", lambda world=world: world)
+        run(monkeypatch, *how, "--out", tmp_path / "two")
+    for file in (tmp_path / "one").glob("shard-*"):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    index, other = (model.read_json(tmp_path / name / "index.json") for name in ("one", "two"))
+    assert index == other
+
+
+# ---- commands -------------------------------------------------------------------------------------------
+
+
+def test_check_writes_lists(tmp_path, good_video, monkeypatch, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    reasons = bad_files(videos, good_video)
+    for name in ("a.mp4", "b.mp4"):
+        os.link(good_video, videos / name)
+    run(monkeypatch, "check", videos, "--out", tmp_path / "good.jsonl", "--workers", 1)
+    run(monkeypatch, "check", videos, "--out", tmp_path / "good.jsonl", "--workers", 1)  # afresh
+    assert f"2 videos are good: {tmp_path / 'good.jsonl'}; {len(reasons)} are not" in capsys.readouterr().out
+    bad = [json.loads(line) for line in (tmp_path / "good.bad.jsonl").read_text().splitlines()]
+    assert {Path(row["path"]).name for row in bad} == set(reasons) and len(bad) == len(reasons)
+    files = data.open_files(tmp_path / "good.jsonl", [("seconds", 2.9, 3.1)])
+    assert [Path(files[i]).name for i in range(len(files))] == ["a.mp4", "b.mp4"]
+
+
+def test_preview(tmp_path, folder, monkeypatch, capsys):
+    run(monkeypatch, "preview", folder, "--out", tmp_path / "sheet.png", "--num_clips", 3, *SIZE)
+    assert Image.open(tmp_path / "sheet.png").size == (4 * (W + 2) + 2, 3 * (H + 2) + 2)
+    assert capsys.readouterr().out.count('"path"') == 3
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("preview", "nothing-here"), "nor a folder"), (("preview", ".", "--width", "100"), "--width 100"),
+    (("encode", ".", "--shard_size", "0"), "--shard_size 0"), (("watch", "."), "invalid choice"),
+    (("check", ".", "--sed", "1"), "unrecognized"), (("check", "."), "no videos"),
+    (("check", ".", "--where", "seconds", "1", "2"), "not a .csv or .jsonl list")])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as problem:
+        run(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert problem.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("data.py: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_encode_without_a_model_writes_nothing(tmp_path, folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as problem:
+        run(monkeypatch, "encode", folder, "--out", tmp_path / "out", "--model", tmp_path / "none")
+    assert problem.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_videos_need_pyav():
+    code = "import sys; sys.modules['av'] = None; import data; data.toy_clips(0, [1], 2, 16)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
