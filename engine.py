@@ -1,10 +1,14 @@
 """What both training stages need that is not the method: processes, randomness, weights, checkpoints, logs.
 
-    start_world, all_mean, any_rank     torch.distributed under torchrun, or one plain process
+    start_world, end_world              torch.distributed under torchrun, or one plain process
+    all_mean, any_rank                  what the processes tell each other
+    fail                                one line and exit status 2
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     finite_step                         all-reduce, clip, step; refuses what is not finite
+    collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
+    rewind                              what an earlier run wrote after the starting step goes
     Log                                 one line per interval, metrics.jsonl, TensorBoard if it is installed
 
     $ python engine.py out/stage1/metrics.jsonl plot.png        # draws what was logged
@@ -32,6 +36,7 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    restarted: bool = False                                     # by torchrun, after a crash
 
 
 def start_world(device=None):
@@ -42,9 +47,16 @@ def start_world(device=None):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+        # torchrun (torch 2.13) keeps its store over a restart, the addresses of the dead included. So each
+        # start has a name of its own; on one node, as several count their restarts apart.
+        store = next(dist.rendezvous("env://"))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(restarts, store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(rank, size, device, any_rank(int(restarts), device))
 
 
 def all_mean(values):
@@ -62,6 +74,25 @@ def any_rank(flag, device):
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def end_world(world):
+    """The processes leave together: one that goes early takes the connections of the others with it."""
+    any_rank(False, world.device)
+    leave()
+
+
+def leave():
+    """A process that exits while it is still connected may abort instead (gloo, torch 2.13)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fail(message):
+    """One line on stderr and exit status 2: how every bad input ends."""
+    print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)
+    leave()
+    sys.exit(2)
 
 
 class StopSignal:
@@ -179,30 +210,61 @@ def unpack(optimizer, prefix, tensors):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def collect(groups, optimizers):
+    """All that evolves as named tensors. groups {prefix: {name: tensor}}, optimizers {prefix: Adam}."""
+    tensors = {f"{prefix}.{name}": tensor.detach()
+               for prefix, group in groups.items() for name, tensor in group.items()}
+    for prefix, optimizer in optimizers.items():
+        tensors |= pack(optimizer, prefix)
+    return tensors
+
+
+@torch.no_grad()
+def restore(groups, optimizers, tensors):
+    for prefix, group in groups.items():
+        for name, target in group.items():
+            target.copy_(tensors[f"{prefix}.{name}"])
+    for prefix, optimizer in optimizers.items():
+        unpack(optimizer, prefix, tensors)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
+CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"
+
+
+def flush(path):
+    """What the system holds back of a file, or of a folder's names, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def save_checkpoint(folder, step, tensors, config, keep):
     """Writes checkpoint-STEP whole or not at all: into a temporary folder, flushed to disk, then renamed.
-    Older ones go, but for the last `keep`."""
+    Older ones go, but for the last `keep`, once the new name is on the disk too."""
     part, final = folder / f".checkpoint-{step}.part", folder / f"checkpoint-{step:07d}"
     shutil.rmtree(part, ignore_errors=True)
     model.write_safetensors(part / "state.safetensors", tensors)
     model.write_json(part / "state.json", {"step": step, "config": config, "tensors": len(tensors)})
-    for file in (part / "state.safetensors", part / "state.json"):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    for path in (part / "state.safetensors", part / "state.json", part):
+        flush(path)
     os.replace(part, final)
-    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+    flush(folder)
+    for old in sorted(folder.glob(CHECKPOINTS))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder, which, config):
+def load_checkpoint(folder, which, config, restarted=False):
     """(step, tensors) of the newest whole checkpoint in `folder` (`which` = "latest"), or of the one at path
-    `which`; None if there is none. Raises ModelError if it was made with another configuration."""
-    candidates = sorted(folder.glob("checkpoint-*"), reverse=True) if which == "latest" else [Path(which)]
+    `which`; None if there is none, or if `which` = "none". Raises ModelError if it was made with another
+    configuration. A run that torchrun restarted after a crash goes on from what it saved itself, wherever
+    it was told to begin."""
+    candidates = sorted(folder.glob(CHECKPOINTS), reverse=True) if which == "latest" or restarted else []
+    if which not in ("latest", "none"):
+        candidates.append(Path(which))
     for path in candidates:
         try:
             state = model.read_json(path / "state.json")
@@ -210,7 +272,7 @@ def load_checkpoint(folder, which, config):
             if len(tensors) != state["tensors"]:
                 raise model.ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
         except (model.ModelError, KeyError, TypeError) as error:
-            if which != "latest":
+            if path == Path(which):
                 raise model.ModelError(f"{path}: not a whole checkpoint ({error})") from error
             print(f"warning: {path} is torn and skipped ({error})", file=sys.stderr)
             continue
@@ -221,6 +283,18 @@ def load_checkpoint(folder, which, config):
                                    "Repeat them, or choose another --output_dir")
         return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
     return None
+
+
+def rewind(folder, step):
+    """Removes what an earlier run wrote after `step`: no `latest` shall find its checkpoints, and the steps
+    done again are told once in metrics.jsonl. Half-written checkpoints go too."""
+    newer = [path for path in folder.glob(CHECKPOINTS) if path.name > f"checkpoint-{step:07d}"]
+    for path in [*newer, *folder.glob(".checkpoint-*.part")]:
+        shutil.rmtree(path)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        whole = metrics.read_text().rpartition("\n")[0].splitlines()       # the last may be torn
+        metrics.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -234,13 +308,9 @@ class Log:
         self.world, self.file, self.board = world, folder / "metrics.jsonl", None
         if world.rank:
             return
-        # A resumed run repeats the steps since its checkpoint: their first telling goes.
-        if self.file.exists():
-            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.file.write_text("".join(line + "\n" for line in lines))
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except ImportError:
             pass
 

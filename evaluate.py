@@ -1,33 +1,50 @@
-"""How good are the videos? Frechet Video Distance.
+"""How good are the videos? Frechet Video Distance, what else tells, and the paper's tables as commands.
 
     VideoClassifier       the toy world's stand-in for I3D: a small 3-D convolutional network, called like it
     load_detector         an I3D TorchScript file, or the folder of a VideoClassifier
     video_features        clips -> the detector's logits, which the distance compares
     frechet_distance      between Gaussians fitted to two sets of features
-    heads_table           what spatial and temporal heads of the discriminator can tell apart
+    interval              what chance makes of it, by bootstrap
+    measure               one way of sampling -> all its figures
 
-    $ python evaluate.py heads --report results/heads.json
+    $ python evaluate.py fvd --student out/stage2/merged --sampler tts      # one way of sampling, any --data
+    $ python evaluate.py table1 --report results/table1.json
+    $ python evaluate.py table2 --rows a b --report results/table2.json
+    $ python evaluate.py heads --report results/heads.json  # what the discriminator's heads can tell apart
+    $ python evaluate.py readme                             # the README's tables and its plot, from results/
 
 FVD (Unterthiner et al., arXiv 1812.01717) is the Frechet distance between real and generated clips in the
 space of the 400 logits of an I3D network trained on Kinetics. The toy world has its own classifier, which
-train_toy.py trains on what a scene shows and how it moves. Distances by different detectors do not compare.
+train_toy.py trains on what a scene shows and how it moves; that distance is called toy-FVD. Distances by
+different detectors, or of other numbers of clips, do not compare, so each comes with its protocol.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import data
 import model
+import sampler
+import solver
 
 # ---- The detector ---------------------------------------------------------------------------------------
+
+
+I3D = "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"           # a copy of StyleGAN-V's file on the hub
 
 
 class VideoClassifier(nn.Module):
@@ -69,7 +86,11 @@ def save_detector(detector: VideoClassifier, folder, dtype=None):
 
 
 def load_detector(path, device="cpu"):
-    """I3D as a TorchScript file (StyleGAN-V's i3d_torchscript.pt), or a folder that save_detector wrote."""
+    """I3D as a TorchScript file (StyleGAN-V's i3d_torchscript.pt; "i3d" fetches it from the hub), or a folder
+    that save_detector wrote. A TorchScript file is a program: take it from where you trust it."""
+    if path == "i3d":
+        from huggingface_hub import hf_hub_download
+        path = hf_hub_download(*I3D)
     if Path(path).is_dir():
         config = model.read_json(Path(path) / "config.json")
         detector = VideoClassifier(**{key: value for key, value in config.items() if not key.startswith("_")})
@@ -81,10 +102,19 @@ def load_detector(path, device="cpu"):
 
 @torch.no_grad()
 def video_features(detector, frames: Tensor, batch_size: int = 64) -> Tensor:
-    """Clips [b f 3 H W] in [-1, 1] -> features [b k], of the 8-bit pixels that a viewer would see."""
-    pixels = lambda x: rearrange((x.float().clamp(-1, 1) * 127.5 + 127.5).round(), "b f c h w -> b c f h w")
-    return torch.cat([detector(pixels(part), rescale=True, resize=True, return_features=True).float()
-                      for part in frames.split(batch_size)])
+    """Clips [b f 3 H W], uint8 or in [-1, 1] -> features [b k], of the 8-bit pixels that a viewer sees."""
+    device, features = next(detector.parameters()).device, []
+    for part in frames.split(batch_size):
+        pixels = rearrange(to_bytes(part).to(device).float(), "b f c h w -> b c f h w")
+        features.append(detector(pixels, rescale=True, resize=True, return_features=True).float())
+    return torch.cat(features)
+
+
+def to_bytes(frames):
+    """Frames in [-1, 1], or bytes already -> uint8."""
+    if frames.dtype == torch.uint8:
+        return frames
+    return (frames.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
 
 
 # ---- The distance ---------------------------------------------------------------------------------------
@@ -109,6 +139,119 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     return float(shift + cov_real.trace() + cov_fake.trace() - 2 * overlap)
 
 
+@torch.no_grad()
+def interval(features_real: Tensor, features_fake: Tensor, rounds: int = 40, seed: int = 0) -> float:
+    """Half the width of a 95 % interval around the distance: 1.96 standard deviations over sets of clips
+    drawn anew, with replacement. Their mean is no estimate: sets with repetitions are farther apart."""
+    generator, n = torch.Generator().manual_seed(seed), len(features_real)
+    draw = lambda x: x.cpu()[torch.randint(len(x), (n,), generator=generator)]
+    return 1.96 * torch.tensor([frechet_distance(draw(features_real), draw(features_fake))
+                                for _ in range(rounds)]).std().item()
+
+
+# ---- One way of sampling, and all its figures -----------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """Real clips that nothing was trained on, and what each sampler is given of them. On the CPU."""
+
+    frames: Tensor              # n f 3 H W  uint8
+    cond: model.Cond            # of their first frames
+    features: Tensor            # n k
+    colours: Tensor | None      # n p        toy world: which of data.COLOURS the shapes have
+
+
+@torch.no_grad()
+def open_reference(args, vae, image_encoder, detector, num_frames, width, height, device):
+    conds, frames, colours, numbers = [], [], [], torch.arange(args.num_clips)
+    if args.data != "toy":
+        clips = data.Clips(data.open_files(args.data), args.seed, num_frames, width, height)
+    for part in numbers.split(args.batch_size):
+        if args.data == "toy":
+            batch = data.toy_clips(args.seed + data.HELD_OUT, part, num_frames, height, device)
+            pixels, bucket = batch.frames, batch.motion_bucket_id
+            kinds = len(data.KINDS)
+            shown = batch.attributes[:, :kinds * len(data.COLOURS)].bool()
+            colours.append(rearrange(shown, "n (k p) -> n k p", k=kinds).any(dim=1).cpu())
+        else:
+            pixels = rearrange(clips.take(part), "b f h w c -> b f c h w").to(device).float() / 127.5 - 1
+            bucket = torch.full((len(part),), 127, device=device)
+        generators = [torch.Generator().manual_seed(i) for i in part.tolist()]
+        noise = sampler.draw_noise(pixels[:, 0].shape, generators, device)                          # b 3 H W
+        cond = model.encode_condition(vae, image_encoder, pixels[:, 0], noise, num_frames=num_frames,
+                                      fps=data.FPS, motion_bucket_id=bucket, noise_aug_strength=0.02)
+        conds.append([x.float().cpu() for x in cond])
+        frames.append(to_bytes(pixels).cpu())
+    frames = torch.cat(frames)
+    return Reference(frames, model.Cond(*map(torch.cat, zip(*conds))),
+                     video_features(detector, frames), torch.cat(colours) if colours else None)
+
+
+@torch.no_grad()
+def measure(draw, vae, detector, reference, device, seed=0, batch_size=32):
+    """draw(cond, generators) -> x0 [b f 4 h w]. All figures of that sampler, by the reference's clips:
+
+    fvd, interval       Frechet distance to the real clips, and half a 95 % interval
+    seconds             per clip, from noise to latents (the decoder is the same for all)
+    sharpness           of the last frame: mean absolute difference of neighbours, over that of the real ones
+    diversity           mean absolute difference of two seeds in [-1, 1], first quarter of the clips
+    first_psnr          dB between the first frame and the picture that was given
+    motion, follows     toy world: pixels per frame that shapes move, over the real ones', and its correlation
+                        with the motion bucket that was asked for
+    """
+    clips, again, seconds = [], [], 0.0
+    for first in range(0, len(reference.frames), batch_size):
+        part = slice(first, first + batch_size)
+        cond = model.Cond(*(x[part].to(device) for x in reference.cond))
+        for shift, kept in ((0, clips), (1, again)):
+            if shift and first >= len(reference.frames) // 4:
+                continue
+            numbers = range(first, first + len(cond.image_latents))
+            generators = [torch.Generator().manual_seed((seed + shift) * 1_000_003 + i) for i in numbers]
+            began = time.perf_counter()
+            x0 = draw(cond, generators)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += 0 if shift else time.perf_counter() - began
+            kept.append(to_bytes(sampler.decode(vae, x0)).cpu())
+    frames, again, real = torch.cat(clips), torch.cat(again), reference.frames
+    edges = lambda x: x[:, -1].float().diff(dim=-1).abs().mean()
+    features = video_features(detector, frames)
+    first_error = (frames[:, 0].float() - real[:, 0].float()).square().mean()
+    figures = {"fvd": frechet_distance(reference.features, features),
+               "interval": interval(reference.features, features), "seconds": seconds / len(frames),
+               "sharpness": edges(frames) / edges(real),
+               "diversity": (frames[:len(again)].float() - again.float()).abs().mean() / 127.5,
+               "first_psnr": 10 * (255 ** 2 / first_error).log10()}
+    if reference.colours is not None:
+        moved, moved_real = (displacement(x, reference.colours) for x in (frames, real))
+        asked = reference.cond.time_ids[:, 1]
+        figures |= {"motion": moved.mean() / moved_real.mean(),
+                    "follows": torch.corrcoef(torch.stack((moved, asked)))[0, 1]}
+    return {name: float(value) for name, value in figures.items()}, frames
+
+
+def displacement(frames, colours, sharpness=60.0):
+    """Clips uint8 [n f 3 H W], colours that their shapes have [n p] -> pixels per frame that shapes move [n].
+
+    A shape is where the picture has its hue: a pixel counts by how close its direction in colour space is to
+    the shape's, and how far from grey it is. The shape's centre is the mean place. Shapes that share a colour
+    are followed as one.
+    """
+    palette = torch.tensor(data.COLOURS)                                                            # p 3
+    palette = F.normalize(palette - palette.mean(dim=1, keepdim=True), dim=1)
+    y, x = (torch.arange(side).float() for side in frames.shape[-2:])
+    moved = []
+    for clip, shown in zip(frames, colours):                                    # one by one: little memory
+        rgb = clip.float() - clip.float().mean(dim=1, keepdim=True)                                 # f 3 H W
+        along = torch.einsum("fchw,pc->pfhw", rgb, palette[shown])
+        share = along.clamp(min=0) * (sharpness * (along / rgb.norm(dim=1).clamp(min=1) - 1)).exp()
+        total = share.sum((2, 3)).clamp(min=1e-6)                                                   # p f
+        centre = torch.stack((share.sum(2) @ x / total, share.sum(3) @ y / total), dim=-1)          # p f 2
+        moved.append(centre.diff(dim=1).norm(dim=-1).mean())
+    return torch.stack(moved)
+
+
 # ---- What the discriminator's heads see -----------------------------------------------------------------
 
 
@@ -117,7 +260,6 @@ def heads_table(args):
     world from two kinds of fakes: the teacher's blurred one-step samples, and real clips with their frames
     shuffled, each frame of which is real. Hinge loss and accuracy on held-out clips; knowing nothing gives 2
     and 50 %."""
-    import data
     import losses
     import solver
     from discriminator import DinoFeatures, Discriminator, load_dino
@@ -126,7 +268,7 @@ def heads_table(args):
         model.load_vae, model.load_image_encoder, model.load_unet))
     shape = unet.config["num_frames"], 8 * unet.config["sample_size"]
     generator, sets = torch.Generator(device).manual_seed(args.seed), []
-    for seed, count in ((args.seed, args.num_clips), (args.seed + data.HELD_OUT, args.held_out)):
+    for seed, count in ((args.seed, args.train_clips), (args.seed + data.HELD_OUT, args.held_out)):
         latents = data.toy_latents(vae, image_encoder, seed, count, *shape, device)
         blurred = []
         for numbers in torch.arange(count).split(32):
@@ -149,7 +291,8 @@ def heads_table(args):
             weights = [p for p in disc.parameters() if p.requires_grad]
             optimizer = torch.optim.Adam(weights, lr=args.learning_rate, betas=(0.0, 0.99))
             for _ in range(args.steps):
-                pick = torch.randint(args.num_clips, (2, args.batch_size), generator=generator, device=device)
+                pick = torch.randint(args.train_clips, (2, args.disc_batch_size), generator=generator,
+                                     device=device)
                 loss = losses.hinge_d(disc(train["real"][pick[0]]), disc(train[fake][pick[1]]))
                 optimizer.zero_grad()
                 loss.backward()
@@ -166,32 +309,243 @@ def heads_table(args):
     return {"rows": rows}
 
 
+# ---- The paper's tables ---------------------------------------------------------------------------------
+
+# How each student is made: flags of train_stage1.py, flags of train_stage2.py, None for a stage left out.
+RUNS = {
+    "osv": ("", ""),
+    "stage 1 only": ("", None),
+    "stage 2 only": (None, ""),
+    "m = 1": ("", "--num_solver_steps 1"),
+    "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"),
+    "sub-pixel": ("--discriminator subpixel", "--discriminator subpixel"),
+    "pixel (VAE decoder)": ("--discriminator pixel", "--discriminator pixel"),
+    "unet": ("--discriminator unet", "--discriminator unet"),
+    "stage 1 at half size": ("--width 64 --height 64", ""),
+    "stage 2 at half size": ("", "--width 64 --height 64"),
+    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all"),
+    "SF-V": ("--discriminator unet --train all", None),
+}
+
+# What is compared: (run or teacher, sampler, the paper's FVD). Samplers: see `how`.
+TABLE1 = [
+    ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25), ("teacher", "1", 1177.34),
+    ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80), ("AnimateLCM", "2", 575.33),
+    ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ("osv", "1", 335.36), ("osv", "tts", 171.15),
+    ("osv", "2", 181.95)]
+TABLE2 = {
+    "a": [("m = 1", "tts", 332.25), ("osv", "tts", 171.15)],
+    "b": [("stage 2 only", "tts", 221.75), ("osv", "tts", 171.15)],
+    "c": [("stage 1 only", "2", 298.35), ("stage 1 only", "tts", 234.13), ("osv", "tts", 171.15)],
+    "d": [("no adversarial loss", "tts", 405.41), ("osv", "tts", 171.15)],
+    "e": [("pixel (VAE decoder)", "tts", 232.25), ("unet", "tts", None), ("sub-pixel", "tts", None),
+          ("osv", "tts", 171.15)],
+    "f": [("osv", "1 cfg 3.0", 531.23), ("osv", "1 cfg 1.5", 426.71), ("osv", "1", 335.36)],
+    "g": [("stage 1 at half size", "1", 455.35), ("osv", "1", 388.86)],
+    "h": [("stage 2 at half size", "tts", 171.15), ("osv", "tts", 181.95)],
+    "tts": [("osv", "1", None), ("osv", "2", None), ("osv", "tts", None), ("osv", "tts printed", None),
+            ("osv", "tts v1", None)],
+}
+PICTURED = [("teacher", "25"), ("teacher", "1"), ("osv", "1"), ("osv", "tts")]
+
+
+def how(name, teacher, guidance):
+    """A sampler's name -> (steps, network evaluations, draw(net, cond, generators) -> x0): "8" steps, of the
+    guided solver for a teacher and of consistency sampling for a student; "tts", "tts printed", "tts v1";
+    "1 cfg W", one step of a student with guidance W."""
+    word, *rest = name.split()
+    steps = 1 if word == "tts" else int(word)
+    sigmas = solver.strided(solver.karras_sigmas(solver.NUM_SIGMAS), 2 if word == "tts" else steps)
+    if teacher or rest[:1] == ["cfg"]:
+        w = guidance if teacher else float(rest[1])
+        return steps, 2 * steps, lambda net, cond, generators: sampler.sample_teacher(
+            net, cond, sigmas, generators, w)
+    if word == "tts":
+        readout = rest[0] if rest else "look_ahead"
+        return 1, 2, lambda net, cond, generators: sampler.time_travel(
+            net, cond, sigmas[0], sigmas[1], generators, readout)
+    return steps, steps, lambda net, cond, generators: sampler.sample(net, cond, sigmas, generators)
+
+
+def trained(run, seed, args):
+    """Trains what a run needs, unless it is there -> (the folder with its UNet, seconds of training)."""
+    seconds, folder, before = 0.0, None, "none"
+    for stage, flags in enumerate(RUNS[run], start=1):
+        if flags is None:
+            continue
+        # Runs that begin with the same stage 1 share it.
+        name = f"stage1 {flags}" if stage == 1 else f"stage2 {RUNS[run][0]} then {flags}"
+        folder = args.work / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{seed}"
+        command = [sys.executable, f"train_stage{stage}.py", "--model", args.model, "--seed", str(seed),
+                   "--output_dir", os.fspath(folder), *flags.split()]
+        command += args.stage1.split() if stage == 1 else ["--stage1", before, *args.stage2.split()]
+        if not (folder / "merged" / "config.json").exists():
+            print(" ".join(command), flush=True)
+            if subprocess.run(command, cwd=Path(__file__).parent).returncode:
+                raise model.ModelError(f"{run}: training failed, see above")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds += sum(row["s_per_step"] for row in rows) * rows[0]["step"]
+        before = os.fspath(folder)
+    return folder / "merged", seconds
+
+
+def compare(rows, args):
+    """Each row of a table, for each training seed -> JSON, with the protocol, and beside it a picture of the
+    first clips: real, then the rows."""
+    from PIL import Image
+
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae, image_encoder, teacher = (load(args.model, dtype=dtype, device=device) for load in (
+        model.load_vae, model.load_image_encoder, model.load_unet))
+    path = args.detector or os.path.join(args.model, "i3d")
+    detector = load_detector(path, device)
+    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in detector.parameters())
+    num_frames = teacher.config["num_frames"]
+    width, height = (side or 8 * teacher.config["sample_size"] for side in (args.width, args.height))
+    reference = open_reference(args, vae, image_encoder, detector, num_frames, width, height, device)
+    protocol = {"detector": Path(path).name, "detector_sha256": hashlib.sha256(weights).hexdigest()[:16],
+                "data": args.data, "clips": args.num_clips, "frames": num_frames, "fps": 7,
+                "size": [width, height], "seed": args.seed}
+    print("protocol:", json.dumps(protocol))
+    if len(reference.features) <= reference.features.shape[1]:
+        print(f"evaluate.py: {len(reference.features)} clips are too few for {reference.features.shape[1]} "
+              "features: distances will be far too large", file=sys.stderr)
+    results, shown = [], [reference.frames[:3]]
+    for run, name, paper in rows:
+        for seed in args.seeds if run in RUNS else args.seeds[:1]:
+            net, seconds = teacher, None
+            if run in RUNS:
+                folder, seconds = trained(run, seed, args)
+                net = sampler.load_student(folder, model.load_unet(args.model, dtype=dtype, device=device))
+            elif run != "teacher":
+                net = sampler.load_student(run, model.load_unet(args.model, dtype=dtype, device=device))
+            steps, nfe, draw = how(name, run == "teacher", tuple(args.guidance))
+            figures, frames = measure(partial(draw, net), vae, detector, reference, device, args.seed,
+                                      args.batch_size)
+            results.append({"run": run, "sampler": name, "seed": seed, "steps": steps, "nfe": nfe,
+                            "paper": paper, "training_seconds": seconds, **figures})
+            print(f"{run:24}{name:12}seed {seed}  NFE {nfe:3}  FVD {figures['fvd']:8.2f} +- "
+                  f"{figures['interval']:.2f}  sharpness {figures['sharpness']:.2f}  diversity "
+                  f"{figures['diversity']:.3f}", flush=True)
+            if seed == args.seeds[0] and (args.what != "table1" or (run, name) in PICTURED):
+                shown.append(frames[:3])
+            if args.report:                             # what is done is on the disk
+                model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})
+                sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1     # (n rows) f 3 H W
+                Image.fromarray(data.contact_sheet(sheet).numpy()).save(args.report.with_suffix(".png"))
+    return {"protocol": protocol, "rows": results}
+
+
+def readme(root=Path(__file__).parent):
+    """Writes what lies in results/ into the README, between marks like <!-- table1 --> and <!-- end -->."""
+    text = (root / "README.md").read_text()
+    for name in ("table1", "table2"):
+        file, mark = root / "results" / f"{name}.json", f"<!-- {name} -->\n"
+        if file.exists() and mark in text:
+            before, rest = text.split(mark, 1)
+            text = before + mark + markdown(model.read_json(file)) + rest[rest.index("<!-- end -->"):]
+    (root / "README.md").write_text(text)
+    plot(model.read_json(root / "results" / "table1.json")["rows"], root / "results" / "table1_nfe.png")
+
+
+def markdown(result):
+    """The result of `compare` -> a table, a line per row over all its training seeds, and how it was made."""
+    lines = ["| | sampler | NFE | toy-FVD | s per clip | sharpness | diversity | motion | paper's FVD |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for run, name in dict.fromkeys((row["run"], row["sampler"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["run"], row["sampler"]) == (run, name)]
+        mean = {key: sum(row[key] for row in rows) / len(rows)
+                for key in ("fvd", "seconds", "sharpness", "diversity", "motion")}
+        low = min(row["fvd"] - row["interval"] for row in rows)
+        high = max(row["fvd"] + row["interval"] for row in rows)
+        lines.append(f"| {run} | {name} | {rows[0]['nfe']} | {mean['fvd']:.1f} ({low:.0f} to {high:.0f}) | "
+                     f"{mean['seconds']:.3f} | {mean['sharpness']:.2f} | {mean['diversity']:.3f} | "
+                     f"{mean['motion']:.2f} | {rows[0]['paper'] or ''} |")
+    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
+    return "\n".join(lines) + (
+        f"\n\n`{result['command']}` on {result['device']}, {result['date']}. Protocol: {protocol}. Training "
+        f"seeds {result['settings']['seeds']}: mean, and from the lowest to the highest end of their 95 % "
+        "intervals.\n")
+
+
+def plot(rows, out, width=640, height=360, margin=48):
+    """FVD against network evaluations into a PNG, both axes logarithmic, a line per model."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    rows = sorted((row for row in rows if row["seed"] == rows[0]["seed"]), key=lambda row: row["nfe"])
+    nfe, fvd = ([math.log(row[key]) for row in rows] for key in ("nfe", "fvd"))
+    right = (width - 4 * margin) / (max(nfe) - min(nfe) or 1)
+    up = (height - 2 * margin) / (max(fvd) - min(fvd) or 1)
+    lines = {}
+    for row, x, y in zip(rows, nfe, fvd):
+        place = margin + right * (x - min(nfe)), height - margin - up * (y - min(fvd))
+        lines.setdefault(row["run"], []).append((place, f"{row['run']} {row['sampler']}: {row['fvd']:.0f}"))
+    colours = "royalblue", "seagreen", "darkorange", "crimson", "purple"
+    for points, colour in zip(lines.values(), colours):
+        draw.line([place for place, _ in points], colour, 2)
+        for (x, y), label in points:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+            draw.text((x + 5, y - 12), label, colour)
+    draw.text((margin, height - 20), "network evaluations (log)", "black")
+    draw.text((4, 4), "toy-FVD (log)", "black")
+    image.save(out)
+
+
+def record(args):
+    return {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+            "torch": torch.__version__, "settings": json.loads(json.dumps(vars(args), default=str))}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure quality.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: sys.exit(print(f"evaluate.py: {message}", file=sys.stderr) or 2)
     flag = parser.add_argument
-    flag("what", choices=["heads"], help="heads: what the heads of the discriminator can tell apart")
-    flag("--model", default=os.fspath(Path(__file__).resolve().parent / "assets" / "toy"),
-         help="pipeline folder of the toy world")
-    flag("--steps", type=int, default=300, help="training steps of each discriminator")
-    flag("--batch_size", type=int, default=16, help="real clips per step, and as many fakes")
-    flag("--learning_rate", type=float, default=1e-3, help="of the discriminator")
-    flag("--num_clips", type=int, default=1024, help="clips to train on")
-    flag("--held_out", type=int, default=256, help="clips to measure on")
-    flag("--seed", type=int, default=0, help="of everything drawn")
+    flag("what", choices=["fvd", "table1", "table2", "heads", "readme"], help="see the top of this file")
+    flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder or hub id: the teacher")
+    flag("--seed", type=int, default=0, help="of clips and noise")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     flag("--report", type=Path, help="JSON file to write")
+    group = parser.add_argument_group("fvd and tables").add_argument
+    group("--data", default="toy", help="toy, or real clips: a folder or list of videos, see data.py")
+    group("--num_clips", type=int, default=1024, help="real clips, and as many generated ones per row")
+    group("--width", type=int, help="of the clips (None: what the UNet is configured for)")
+    group("--height", type=int, help="of the clips")
+    group("--batch_size", type=int, default=32, help="clips generated at a time")
+    group("--detector", help="i3d, a TorchScript file or a folder (None: i3d/ inside --model)")
+    group("--guidance", type=float, nargs=2, default=[1.0, 3.0], help="of the teacher, first and last frame")
+    group("--student", help="fvd: the student to measure (None: the teacher)")
+    group("--sampler", default="1", help='fvd: how it samples: "25", "1", "tts", "1 cfg 1.5", ..')
+    group("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="table2: which of its rows")
+    group("--seeds", type=int, nargs="+", default=[0, 1], help="tables: training seeds")
+    group("--work", type=Path, default="out/tables", help="tables: where students are trained, and kept")
+    group("--stage1", default="", help='tables: more flags for train_stage1.py, "--max_train_steps 300"')
+    group("--stage2", default="", help="tables: the same for train_stage2.py")
+    group = parser.add_argument_group("heads").add_argument
+    group("--steps", type=int, default=300, help="training steps of each discriminator")
+    group("--disc_batch_size", type=int, default=16, help="real clips per step, and as many fakes")
+    group("--learning_rate", type=float, default=1e-3, help="of the discriminator")
+    group("--train_clips", type=int, default=1024, help="clips to train on")
+    group("--held_out", type=int, default=256, help="clips to measure on")
     args = parser.parse_args()
     try:
-        result = {"heads": heads_table}[args.what](args)
+        if args.what == "readme":
+            return readme()
+        if args.what == "heads":
+            result = heads_table(args)
+        elif args.what == "fvd":
+            result = compare([(args.student or "teacher", args.sampler, None)], args)
+        elif args.what == "table1":
+            result = compare(TABLE1, args)
+        else:
+            result = compare([row for name in args.rows for row in TABLE2[name]], args)
     except model.ModelError as problem:
         parser.error(str(problem))
     if args.report:
-        model.write_json(args.report, {
-            "command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-            "settings": json.loads(json.dumps(vars(args), default=str)), **result})
+        model.write_json(args.report, {**record(args), **result})
 
 
 if __name__ == "__main__":

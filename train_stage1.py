@@ -2,7 +2,7 @@
 OSV (arXiv 2409.11367), Eqs. 6 and 7.
 
     $ python train_stage1.py                                    # toy world; minutes on a CPU
-    $ torchrun --standalone --nproc_per_node=8 train_stage1.py --preset paper --model stabilityai/...
+    $ torchrun --standalone --nproc_per_node=2 train_stage1.py  # the same on two GPUs
 
 Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is data, fake is f_theta(x_t, sigma_t). Writes
 to --output_dir: checkpoint-*, metrics.jsonl, samples, and at the end what stage 2 starts from
@@ -10,7 +10,6 @@ to --output_dir: checkpoint-*, metrics.jsonl, samples, and at the end what stage
 command again resumes. `diff train_stage1.py train_stage2.py` is what the second stage does differently.
 """
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -31,15 +30,16 @@ from solver import NUM_SIGMAS, consistency, karras_sigmas, strided
 PRESETS = {
     # What a laptop's CPU does in a few minutes; falling losses, not yet a good student.
     "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=60, learning_rate=2e-4, lr_d=2e-4,
-                    warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=2),
+                    warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=2,
+                    validation_teacher_steps=8),
     # The toy student on one GPU.
     "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1500, learning_rate=2e-4, lr_d=2e-4,
                 warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
 }
 
 parser = argparse.ArgumentParser(description="Stage 1 of OSV: latent GAN pretraining.", allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = lambda message: sys.exit(print(f"{Path(__file__).name}: {message}", file=sys.stderr) or 2)
+                                 add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.error = engine.fail
 flag = parser.add_argument
 flag("--preset", choices=PRESETS, default="toy" if torch.cuda.is_available() else "toy_cpu",
      help="a set of defaults for the flags below; flags win over it")
@@ -70,10 +70,12 @@ flag("--seed", type=int, default=0, help="of everything drawn")
 flag("--device", help="cuda or cpu (None: cuda if it is there)")
 flag("--log_steps", type=int, help="steps between log lines")
 flag("--validation_steps", type=int, help="steps between sample sheets")
+flag("--validation_teacher_steps", type=int, default=25, help="solver steps of the teacher shown there")
 flag("--checkpointing_steps", type=int, help="steps between checkpoints")
 flag("--checkpoints_total_limit", type=int, default=2, help="how many to keep")
 flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
 parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
+flag("-h", "--help", action="help", help="show this, with the defaults of the --preset given, and exit")
 args = parser.parse_args()
 world = engine.start_world(args.device)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -85,24 +87,35 @@ share = args.batch_size // world.size                           # clips of this 
 part = share // args.gradient_accumulation_steps                # clips at a time
 torch.manual_seed(args.seed)                                    # initial weights
 
-# ---- data -----------------------------------------------------------------------------------------------
+# ---- what is there: networks, data ----------------------------------------------------------------------
 
 try:
     vae = model.load_vae(args.model, dtype=dtype, device=device)
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
     unet = model.load_unet(args.model, device=device)
+    if args.discriminator == "unet":
+        features = UNetFeatures(model.load_unet(args.model, dtype=dtype, device=device))
+    else:
+        dino = load_dino(args.dino or Path(args.model) / "dinov2").to(device, dtype)
+        features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
 except model.ModelError as problem:
     parser.error(str(problem))
 num_frames, size = unet.config["num_frames"], 8 * unet.config["sample_size"]
 latents = data.toy_latents(vae, image_encoder, args.seed, args.num_clips, num_frames, size, device)
 held_out = data.toy_latents(vae, image_encoder, args.seed + data.HELD_OUT, 4, num_frames, size, device)
+x0_shown, cond_shown = held_out.take(torch.arange(4))
+generators = lambda: [torch.Generator().manual_seed(args.seed + i) for i in range(4)]     # each row's noise
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
 
-# ---- networks -------------------------------------------------------------------------------------------
+# ---- what trains ----------------------------------------------------------------------------------------
 
 if "lora" in args.train:
     model.add_lora(unet, args.lora_rank)
 net = unet.to(dtype)
+if world.rank == 0:                         # rows of the sample sheets that stay; nothing has trained yet
+    x0_teacher = sampler.sample_teacher(net, cond_shown, karras_sigmas(args.validation_teacher_steps),
+                                        generators(), (1.0, 3.0))
+    fixed_rows = [sampler.decode(vae, x).cpu() for x in (x0_shown, x0_teacher)]
 net.set_checkpointing(args.gradient_checkpointing)
 names = [name for name, _ in net.named_parameters() if args.train == "all" or
          "lora" in args.train and ".lora_" in name or
@@ -111,11 +124,6 @@ for name, parameter in net.named_parameters():
     parameter.requires_grad_(name in names)
 theta = engine.Weights(net, names)
 
-if args.discriminator == "unet":
-    features = UNetFeatures(model.load_unet(args.model, dtype=dtype, device=device))
-else:
-    dino = load_dino(args.dino or Path(args.model) / "dinov2").to(device, dtype)
-    features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
 disc = Discriminator(features, args.heads).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
 psi_buffers = {name: b for name, b in disc.heads.named_buffers()}       # spectral norm's power iteration
@@ -124,63 +132,44 @@ psi_buffers = {name: b for name, b in disc.heads.named_buffers()}       # spectr
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-step, bad_steps = 0, 0
+step, bad_steps, skipped = 0, 0, torch.zeros(())
 free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "checkpoints_total_limit", "resume_from_checkpoint")
-evolving = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
+        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint")
+# Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
+evolving = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers, "count": {"skipped": skipped}}
+optimizers = {"opt": opt, "opt_d": opt_d}
 config = {key: value for key, value in vars(args).items() if key not in free} | {"world_size": world.size}
-
-
-def state():
-    """Everything that evolves. Noise and order of clips are functions of the step, so nothing else does."""
-    tensors = engine.pack(opt, "opt") | engine.pack(opt_d, "opt_d")
-    for prefix, group in evolving.items():
-        tensors |= {f"{prefix}.{name}": tensor.detach() for name, tensor in group.items()}
-    return tensors
-
-
-@torch.no_grad()
-def restore(tensors):
-    for prefix, group in evolving.items():
-        for name, target in group.items():
-            target.copy_(tensors[f"{prefix}.{name}"])
-    engine.unpack(opt, "opt", tensors)
-    engine.unpack(opt_d, "opt_d", tensors)
-    theta.push()
-
-
-args.output_dir.mkdir(parents=True, exist_ok=True)
 try:
-    found = None if args.resume_from_checkpoint == "none" else engine.load_checkpoint(
-        args.output_dir, args.resume_from_checkpoint, config)
-except model.ModelError as problem:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = engine.load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
+except (OSError, model.ModelError) as problem:
     parser.error(str(problem))
 if found:
     step, tensors = found
-    restore(tensors)
-log = engine.Log(args.output_dir, world, step)
+    engine.restore(evolving, optimizers, tensors)
+    theta.push()
 if world.rank == 0:
+    engine.rewind(args.output_dir, step)
     count = sum(p.numel() for p in net.parameters())
     trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
     print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
+log = engine.Log(args.output_dir, world, step)
 
 
 @torch.no_grad()
 def validate():
-    """Held-out clips in rows of four: real, one step, one step with the Time Travel Sampler."""
-    x0, cond = held_out.take(torch.arange(4))
-    rows = [x0]
+    """Held-out clips in rows of four: real, teacher, one step, one step with the Time Travel Sampler."""
+    rows = list(fixed_rows)
     for k, tts in ((1, False), (2, True)):
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(4)]
-        rows.append(sampler.sample(net, cond, strided(sigmas, k), generators, tts))
-    frames = torch.cat([sampler.decode(vae, x) for x in rows])                  # (3 4) f 3 H W
+        x0_pred = sampler.sample(net, cond_shown, strided(sigmas, k), generators(), tts)
+        rows.append(sampler.decode(vae, x0_pred).cpu())
+    frames = torch.cat(rows)                                                    # (4 4) f 3 H W
     Image.fromarray(data.contact_sheet(frames).numpy()).save(args.output_dir / f"sample-{step:06d}.png")
     frames = rearrange(frames, "(rows n) f c h w -> f c (rows h) (n w)", n=4)
     sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
 
 
 # ---- loop -----------------------------------------------------------------------------------------------
-
 
 
 @torch.no_grad()
@@ -203,17 +192,19 @@ clock, clock_step = time.perf_counter(), step
 while step < args.max_train_steps:
     engine.warm_up(opt, args.learning_rate, step, args.warmup_steps)
     engine.warm_up(opt_d, args.lr_d, step, args.warmup_steps)
-    torch.manual_seed(args.seed * 1_000_003 + step)     # for what draws by itself: the unet discriminator
+    # For what draws by itself, the unet discriminator: each process its own.
+    torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
     first = step * args.batch_size + world.rank * share
     parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
     sums, norm_d, good_d = {}, torch.zeros((), device=device), True
 
     # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
     if args.adv_weight:
-        for x_t, sigma_t, cond, real, _ in parts:
+        for n, (x_t, sigma_t, cond, real, _) in enumerate(parts):
             with torch.set_grad_enabled(len(parts) == 1):       # then the G step uses this very forward pass
                 x0_pred = consistency(net, x_t, sigma_t, cond)                  # b f c h w
-            logits_real, logits_fake = disc(real, cond), disc(x0_pred.detach(), cond)
+            logits_real = disc.train(n == 0)(real, cond)    # one power iteration a step, however it is split
+            logits_fake = disc.eval()(x0_pred.detach(), cond)
             loss_d = hinge_d(logits_real, logits_fake)
             (loss_d / len(parts)).backward()
             add(loss_d=loss_d, logits_real=logits_real.mean(), logits_fake=logits_fake.mean())
@@ -238,31 +229,35 @@ while step < args.max_train_steps:
     # ---- what follows is a pure function of the step: skipped steps, one log line, samples, checkpoint
     step += 1
     bad_steps = 0 if good and good_d else bad_steps + 1
+    skipped += bad_steps > 0
     if bad_steps == 5:
-        parser.error(f"gradients were not finite for 5 steps, until step {step}; the last checkpoint in "
-                     f"{args.output_dir} is good: lower --learning_rate, or try --mixed_precision no")
+        parser.error(f"gradients were not finite for 5 steps, until step {step}; start over (--resume_from_"
+                     "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
     if step % args.log_steps == 0:
         values = engine.all_mean({**sums, "grad_norm": norm, "grad_norm_d": norm_d})
         seconds = (time.perf_counter() - clock) / (step - clock_step)
         clock, clock_step = time.perf_counter(), step
         speed = {"s_per_step": seconds, "clips_per_s": args.batch_size / seconds}
-        log(step, values | speed | {"skipped": bad_steps, "memory_gb": engine.peak_memory(device)})
+        log(step, values | speed | {"skipped": int(skipped), "memory_gb": engine.peak_memory(device)})
     if world.rank == 0 and step % args.validation_steps == 0:
         validate()
     stopping = engine.any_rank(stop.asked, device)
     if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
         if world.rank == 0:
-            engine.save_checkpoint(args.output_dir, step, state(), config, args.checkpoints_total_limit)
+            tensors = engine.collect(evolving, optimizers)
+            engine.save_checkpoint(args.output_dir, step, tensors, config, args.checkpoints_total_limit)
         engine.any_rank(False, device)                          # the others wait until it is written
     if stopping:
-        print(f"stopped by SIGTERM after step {step}; run the same command again to go on")
-        sys.exit(0)
+        break
 
 # ---- what stage 2 and the sampler take ------------------------------------------------------------------
 
-if world.rank == 0:
+if world.rank == 0 and step < args.max_train_steps:
+    print(f"stopped by SIGTERM after step {step}; run the same command again to go on")
+elif world.rank == 0:
     model.write_safetensors(args.output_dir / "student.safetensors", theta.tensors())
     model.write_safetensors(args.output_dir / "disc.safetensors", {**psi, **psi_buffers})
     merged = args.output_dir / "merged"
     model.save_unet(model.merge_lora(net), merged, torch.float16)
     print(f"wrote {merged}: python sampler.py --image assets/input.png --student {merged}")
+engine.end_world(world)
