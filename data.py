@@ -478,6 +478,8 @@ def open_data(data, vae, image_encoder, seed, num_frames, width, height, *, num_
     on the device of `vae`. Raises DataError."""
     device = next(vae.parameters()).device
     if data == "toy":
+        if width != height:
+            raise DataError(f"the toy world is square, not {width}x{height}: give other --data")
         return toy_latents(vae, image_encoder, seed, num_clips, num_frames, height, device)
     if not (Path(data) / "index.json").is_file():
         clips = Clips(open_files(data, where), seed, num_frames, width, height, **options)

@@ -2,7 +2,7 @@
 
     start_world, end_world              torch.distributed under torchrun, or one plain process
     all_mean, any_rank                  what the processes tell each other
-    fail                                one line and exit status 2
+    fail, positive                      one line and exit status 2; the type of flags that count
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     finite_step                         all-reduce, clip, step; refuses what is not finite
@@ -13,6 +13,7 @@
 
     $ python engine.py out/stage1/metrics.jsonl plot.png        # draws what was logged
 """
+import argparse
 import json
 import math
 import os
@@ -93,6 +94,13 @@ def fail(message):
     print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)
     leave()
     sys.exit(2)
+
+
+def positive(text):
+    """The type of flags that count something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
 
 
 class StopSignal:

@@ -11,6 +11,7 @@ fake is f_theta(x_t, sigma_t). Files as in stage 1. The same command again resum
 """
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,11 @@ PRESETS = {
     # The toy student on one GPU.
     "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1000, learning_rate=1e-4, lr_d=2e-4,
                 warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
+    # The paper's setting: SVD on 2 GPUs; --data is yours. Where the paper is silent, see the README.
+    "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
+                  width=576, height=320, batch_size=2, max_train_steps=20000, learning_rate=5e-6, lr_d=1e-5,
+                  warmup_steps=100, lora_rank=64, gradient_checkpointing=True, validation_steps=500,
+                  checkpointing_steps=500, log_steps=10),
 }
 
 parser = argparse.ArgumentParser(description="Stage 2 of OSV: consistency distillation.", allow_abbrev=False,
@@ -47,15 +53,25 @@ flag("--model", default=str(sampler.TOY), help="the teacher: pipeline folder or 
 flag("--dino", default=None, help="DINOv2 folder or hub id (None: dinov2/ inside --model)")
 flag("--stage1", default="out/stage1", help="output folder of stage 1 to start from, or none")
 flag("--output_dir", type=Path, default="out/stage2", help="everything is written here")
-flag("--max_train_steps", type=int, help="steps in all, those before a resume included")
-flag("--batch_size", type=int, help="clips per step, over all processes")
-flag("--gradient_accumulation_steps", type=int, default=1, help="parts that a process works its share off in")
-flag("--num_clips", type=int, help="clips of the toy world to train on")
+flag("--max_train_steps", type=engine.positive, help="steps in all, those before a resume included")
+flag("--batch_size", type=engine.positive, help="clips per step, over all processes")
+flag("--gradient_accumulation_steps", type=engine.positive, default=1,
+     help="parts that a process works its share off in")
+flag("--data", default="toy", help="toy, a folder or list of videos, or what `python data.py encode` wrote")
+flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
+     help="of a list of videos, only the rows between these limits")
+flag("--num_clips", type=engine.positive, help="clips of the toy world to train on")
+flag("--width", type=engine.positive, help="of the clips (None: what the UNet was made for)")
+flag("--height", type=engine.positive, help="of the clips")
+flag("--fps", type=engine.positive, default=data.FPS, help="of the clips of videos")
+flag("--motion_bucket_id", type=engine.positive, help="of all clips of videos (None: measured on each)")
+flag("--flip", action="store_true", help="mirror every second clip of videos")
+flag("--workers", type=engine.positive, default=4, help="processes that decode videos, for each that trains")
 flag("--learning_rate", type=float, help="of the student")
 flag("--lr_d", type=float, help="of the discriminator")
 flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
 flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-flag("--lora_rank", type=int, help="rank of the student's update")
+flag("--lora_rank", type=engine.positive, help="rank of the student's update")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora+temporal",
      help="what trains")
 flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
@@ -74,11 +90,11 @@ flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.i
      help="inside the networks")
 flag("--seed", type=int, default=0, help="of everything drawn")
 flag("--device", help="cuda or cpu (None: cuda if it is there)")
-flag("--log_steps", type=int, help="steps between log lines")
-flag("--validation_steps", type=int, help="steps between sample sheets")
-flag("--validation_teacher_steps", type=int, default=25, help="solver steps of the teacher shown there")
-flag("--checkpointing_steps", type=int, help="steps between checkpoints")
-flag("--checkpoints_total_limit", type=int, default=2, help="how many to keep")
+flag("--log_steps", type=engine.positive, help="steps between log lines")
+flag("--validation_steps", type=engine.positive, help="steps between sample sheets")
+flag("--validation_teacher_steps", type=engine.positive, default=25, help="solver steps of the teacher there")
+flag("--checkpointing_steps", type=engine.positive, help="steps between checkpoints")
+flag("--checkpoints_total_limit", type=engine.positive, default=2, help="how many to keep")
 flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
 parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
 flag("-h", "--help", action="help", help="show this, with the defaults of the --preset given, and exit")
@@ -86,6 +102,8 @@ args = parser.parse_args()
 world = engine.start_world(args.device)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 stop = engine.StopSignal()
+if not args.data:
+    parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
 if args.batch_size % (world.size * args.gradient_accumulation_steps):
     parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
                  f"{args.gradient_accumulation_steps} parts")
@@ -106,10 +124,19 @@ try:
         features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
 except model.ModelError as problem:
     parser.error(str(problem))
-num_frames, size = unet.config["num_frames"], 8 * unet.config["sample_size"]
-latents = data.toy_latents(vae, image_encoder, args.seed, args.num_clips, num_frames, size, device)
-held_out = data.toy_latents(vae, image_encoder, args.seed + data.HELD_OUT, 4, num_frames, size, device)
-x0_shown, cond_shown = held_out.take(torch.arange(4))
+width, height = (side or 8 * unet.config["sample_size"] for side in (args.width, args.height))
+open_data = partial(
+    data.open_data, args.data, vae, image_encoder, num_frames=unet.config["num_frames"], width=width,
+    height=height, where=args.where, motion_bucket_id=args.motion_bucket_id, fps=args.fps, flip=args.flip,
+    workers=args.workers, share=share, batch_size=args.batch_size)
+try:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    latents = open_data(seed=args.seed, num_clips=args.num_clips,
+                        skip_list=args.output_dir / f"skipped-{world.rank}.jsonl")
+    # Pictures to watch: clips of the toy world that nothing trains on, or other moments of the videos.
+    x0_shown, cond_shown = open_data(seed=args.seed + data.HELD_OUT, num_clips=4).take(torch.arange(4))
+except (OSError, model.ModelError) as problem:
+    parser.error(str(problem))
 generators = lambda: [torch.Generator().manual_seed(args.seed + i) for i in range(4)]     # each row's noise
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
 
@@ -157,16 +184,15 @@ opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=devi
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 step, bad_steps, skipped = 0, 0, torch.zeros(())
 free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint")
+        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers")
 # Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
 evolving = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers,
             "count": {"skipped": skipped}}
 optimizers = {"opt": opt, "opt_d": opt_d}
 config = {key: value for key, value in vars(args).items() if key not in free} | {"world_size": world.size}
 try:
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     found = engine.load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
-except (OSError, model.ModelError) as problem:
+except model.ModelError as problem:
     parser.error(str(problem))
 if found:
     step, tensors = found
@@ -229,7 +255,10 @@ while step < args.max_train_steps:
     # For what draws by itself, the unet discriminator: each process its own.
     torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
     first = step * args.batch_size + world.rank * share
-    parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
+    try:
+        parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
+    except model.ModelError as problem:                         # not one of the videos can be used
+        parser.error(str(problem))
     sums, norm_d, good_d = {}, torch.zeros((), device=device), True
 
     # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient

@@ -535,6 +535,23 @@ def test_other_discriminators_train(train, flags):
     assert sum(not torch.equal(before[key], after[key]) for key in after) > 0.8 * len(after)
 
 
+def test_training_on_a_folder_of_videos(train, tmp_path):
+    """Real clips: a bad file is noted once and costs no more than itself; bad files alone end the run."""
+    from test_video import at_rate, write
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"not a video")
+    assert_refused(train(1, f"--data {tmp_path / 'videos'}").wait(), "none of 1 videos is good", "bad.mp4")
+    for i in range(2):
+        write(tmp_path / "videos" / f"{i}.mp4", at_rate(24))
+    run = train(1, f"--data {tmp_path / 'videos'} --max_train_steps 3").wait()
+    assert run.status == 0, run.stderr
+    assert len(metrics(run.folder)) == 3 and (run.folder / "merged").exists()
+    skipped = [json.loads(line) for line in (run.folder / "skipped-0.jsonl").read_text().splitlines()]
+    assert [Path(row["path"]).name for row in skipped] == ["bad.mp4"]
+    assert_refused(train(1, "--data nowhere").wait(), "nowhere", "list")
+    assert_refused(train(1, "--preset paper").wait(), "--data")
+
+
 def test_stage_1_that_does_not_fit(train, whole):
     run = train(2, f"--stage1 {whole[1]} --lora_rank 8").wait()
     assert_refused(run, "student.safetensors", "does not fit", "--lora_rank")
@@ -555,7 +572,7 @@ def test_help_shows_the_defaults_of_the_preset(train, stage):
             for preset in ("toy_cpu", "toy")}
     for preset, clips, steps in (("toy_cpu", 64, 8), ("toy", 20000, 25)):
         assert f"to train on (default: {clips})" in said[preset], said[preset]
-        assert f"the teacher shown there (default: {steps})" in said[preset]
+        assert f"of the teacher there (default: {steps})" in said[preset]
 
 
 @BOTH
