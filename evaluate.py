@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
+import engine
 import model
 import sampler
 import solver
@@ -97,13 +98,16 @@ def load_detector(path, device="cpu"):
         tensors = dict(model.read_safetensors([Path(path) / "model.safetensors"]))
         detector.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
         return detector.to(device).eval()
-    return torch.jit.load(os.fspath(path), map_location=device).eval()
+    try:
+        return torch.jit.load(os.fspath(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise model.ModelError(f"{path}: cannot be loaded as a TorchScript detector ({error})") from error
 
 
 @torch.no_grad()
 def video_features(detector, frames: Tensor, batch_size: int = 64) -> Tensor:
     """Clips [b f 3 H W], uint8 or in [-1, 1] -> features [b k], of the 8-bit pixels that a viewer sees."""
-    device, features = next(detector.parameters()).device, []
+    device, features = next(detector.parameters(), frames).device, []
     for part in frames.split(batch_size):
         pixels = rearrange(to_bytes(part).to(device).float(), "b f c h w -> b c f h w")
         features.append(detector(pixels, rescale=True, resize=True, return_features=True).float())
@@ -499,10 +503,10 @@ def record(args):
             "torch": torch.__version__, "settings": json.loads(json.dumps(vars(args), default=str))}
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Measure quality.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: sys.exit(print(f"evaluate.py: {message}", file=sys.stderr) or 2)
+    parser.error = engine.fail
     flag = parser.add_argument
     flag("what", choices=["fvd", "table1", "table2", "heads", "readme"], help="see the top of this file")
     flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder or hub id: the teacher")
@@ -530,7 +534,11 @@ def main():
     group("--learning_rate", type=float, default=1e-3, help="of the discriminator")
     group("--train_clips", type=int, default=1024, help="clips to train on")
     group("--held_out", type=int, default=256, help="clips to measure on")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     try:
         if args.what == "readme":
             return readme()
@@ -543,7 +551,7 @@ def main():
         else:
             result = compare([row for name in args.rows for row in TABLE2[name]], args)
     except model.ModelError as problem:
-        parser.error(str(problem))
+        engine.fail(str(problem))
     if args.report:
         model.write_json(args.report, {**record(args), **result})
 

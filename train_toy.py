@@ -45,8 +45,8 @@ import solver
 
 # ---- config ---------------------------------------------------------------------------------------------
 
-STEPS = {"vae": (14000, 48, 1e-3), "image_encoder": (4000, 256, 5e-4), "dinov2": (8000, 256, 1e-3),
-         "i3d": (8000, 64, 1e-3), "unet": (3000, 128, 5e-4)}           # steps, batch size, peak learning rate
+STEPS = {"vae": (10000, 48, 1e-3), "image_encoder": (4000, 256, 5e-4), "dinov2": (4500, 256, 1e-3),
+         "i3d": (5000, 64, 1e-3), "unet": (5600, 64, 5e-4)}            # steps, batch size, peak learning rate
 QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32, 64], num_clips=32,
              report_clips=8, log_every=5, vae_batch_size=8, image_encoder_batch_size=8, dinov2_batch_size=4,
              i3d_batch_size=4, unet_batch_size=4) | {f"{stage}_steps": 12 for stage in STEPS}

@@ -1,0 +1,180 @@
+"""The distance against scipy, its interval, what the other figures say of known clips, and the tables."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT
+from einops import rearrange
+from torch.nn import functional as F
+
+import data
+import evaluate
+import model
+import sampler
+import solver
+
+TOY_I3D = sampler.TOY / "i3d"
+
+
+def test_distance_is_the_formula_with_scipys_square_root():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    real = torch.randn(300, 12, generator=generator, dtype=torch.float64) @ mix
+    fake = torch.randn(300, 12, generator=generator, dtype=torch.float64) * 1.3 + 0.2
+    cov_real, cov_fake = np.cov(real.numpy().T), np.cov(fake.numpy().T)
+    root = scipy.linalg.sqrtm(cov_real @ cov_fake)
+    shift = (real.mean(0) - fake.mean(0)).square().sum().item()
+    expected = shift + np.trace(cov_real) + np.trace(cov_fake) - 2 * np.trace(root).real
+    assert evaluate.frechet_distance(real, fake) == pytest.approx(expected, rel=1e-9)
+
+
+def test_interval_covers_what_other_draws_give():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: (torch.randn(400, 3, generator=generator), torch.randn(400, 3, generator=generator) + 1)
+    distances = torch.tensor([evaluate.frechet_distance(*draw()) for _ in range(100)])
+    half = evaluate.interval(*draw(), rounds=200)
+    assert half == pytest.approx(1.96 * distances.std().item(), rel=0.4)
+
+
+def test_distance_grows_with_blur_noise_and_shuffling():
+    """With the shipped detector: the more is wrong, the larger; nothing wrong, nothing."""
+    clips = data.toy_clips(3 + data.HELD_OUT, torch.arange(16)).frames                      # b f c h w
+    detector = evaluate.load_detector(TOY_I3D)
+    features = evaluate.video_features(detector, clips)
+    distance = lambda x: evaluate.frechet_distance(features, evaluate.video_features(detector, x))
+    # Fewer clips than features: the root of an eigenvalue 0 +- 1e-16 of the largest is not that small.
+    assert distance(clips) == pytest.approx(0, abs=1e-6 * features.var(dim=0).sum().item())
+
+    def blurred(k):
+        frames = F.avg_pool2d(clips.flatten(0, 1), k, 1, k // 2)                            # (b f) c h w
+        return rearrange(frames, "(b f) c h w -> b f c h w", f=clips.shape[1])
+
+    def shuffled(n):                                                                # the first n frames
+        return torch.cat((clips[:, torch.randperm(n)], clips[:, n:]), dim=1)
+
+    noise = torch.randn_like(clips)
+    for worse in ([blurred(3), blurred(9)], [clips + 0.05 * noise, clips + 0.4 * noise],
+                  [shuffled(4), shuffled(14)]):
+        distances = [distance(x) for x in worse]
+        assert 0 < distances[0] and distances == sorted(distances), distances
+
+
+def test_displacement_follows_the_shapes():
+    clips = data.toy_clips(4, torch.arange(24))
+    colours = rearrange(clips.attributes[:, :32].bool(), "n (k p) -> n k p", k=4).any(dim=1)
+    moved = evaluate.displacement(evaluate.to_bytes(clips.frames), colours)
+    true = clips.centres.diff(dim=1).norm(dim=-1).mean(dim=1)                               # b n
+    true = (true * clips.present).sum(1) / clips.present.sum(1)
+    assert torch.corrcoef(torch.stack((moved, true)))[0, 1] > 0.9
+    alone = clips.present.sum(1) == 1
+    torch.testing.assert_close(moved[alone], true[alone], rtol=0.1, atol=0.1)
+    still = evaluate.to_bytes(clips.frames[:, :1].expand(-1, 14, -1, -1, -1))
+    assert evaluate.displacement(still, colours).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def small(pipeline_folder, tmp_path_factory):
+    """A random pipeline with a detector of its own, in the toy world at 64x64."""
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copytree(pipeline_folder, folder, dirs_exist_ok=True)
+    detector = evaluate.VideoClassifier(data.NUM_ATTRIBUTES, channels=(8, 8, 16, 16), size=64)
+    evaluate.save_detector(detector, folder / "i3d")
+    return folder, model.load_unet(folder)
+
+
+def command(*flags):
+    run = [sys.executable, "evaluate.py", *map(str, flags), "--device", "cpu"]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_fvd_of_one_way_of_sampling(small, tmp_path):
+    folder, unet = small
+    report = tmp_path / "fvd.json"
+    run = command("fvd", "--model", folder, "--student", folder / "unet", "--sampler", "tts",
+                  "--num_clips", 4, "--width", 64, "--height", 64, "--report", report)
+    assert run.returncode == 0, run.stderr
+    assert "4 clips are too few for 152 features" in run.stderr
+    result = json.loads(report.read_text())
+    assert result["protocol"] == json.loads(run.stdout.split("protocol: ")[1].splitlines()[0])
+    assert set(result["protocol"]) == {
+        "detector", "detector_sha256", "data", "clips", "frames", "fps", "size", "seed"}
+    row, = result["rows"]
+    assert row["nfe"] == 2 and row["steps"] == 1 and np.isfinite(
+        [row[key] for key in ("fvd", "interval", "sharpness", "diversity", "first_psnr", "motion")]).all()
+    assert report.with_suffix(".png").stat().st_size > 0
+    bad = command("fvd", "--model", folder, "--detector", "nowhere.pt")
+    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "nowhere.pt" in bad.stderr
+
+
+def test_figures_do_not_depend_on_the_batch(small):
+    folder, unet = small
+    vae, image_encoder = model.load_vae(folder), model.load_image_encoder(folder)
+    detector = evaluate.load_detector(folder / "i3d")
+    args = evaluate.parse_args(["fvd", "--num_clips", "5", "--batch_size", "2"])
+    device, frames = torch.device("cpu"), []
+    reference = evaluate.open_reference(args, vae, image_encoder, detector, 4, 64, 64, device)
+    _, _, draw = evaluate.how("2", False, None)
+    for batch_size in (2, 5):
+        figures, x = evaluate.measure(lambda *given: draw(unet, *given), vae, detector, reference, device,
+                                      batch_size=batch_size)
+        frames.append(x.float())
+    assert (frames[0] - frames[1]).abs().max() <= 1                         # a rounding of the last bit
+    perfect = reference._replace(features=evaluate.video_features(detector, x), frames=x)
+    figures, _ = evaluate.measure(lambda *given: draw(unet, *given), vae, detector, perfect, device)
+    assert figures["fvd"] == pytest.approx(0, abs=1e-3) and figures["sharpness"] == pytest.approx(1, abs=1e-3)
+    assert figures["first_psnr"] > 50 and figures["diversity"] > 0 and figures["motion"] == pytest.approx(1)
+
+
+def test_samplers_by_name(small):
+    """Each name draws what the function of that name draws, with as many evaluations as it says."""
+    folder, unet = small
+    calls = []
+    counted = lambda x, *rest: calls.append(len(x)) or unet(x, *rest)
+    cond = model.Cond(torch.randn(2, 1, 24), torch.randn(2, 4, 4, 8, 8), torch.ones(2, 3))
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
+    sigmas = solver.karras_sigmas(solver.NUM_SIGMAS)
+    results = {}
+    for name in ("1", "4", "tts", "tts printed", "tts v1", "1 cfg 1.5", "8 teacher"):
+        calls.clear()
+        steps, nfe, draw = evaluate.how(name.removesuffix(" teacher"), "teacher" in name, (1.0, 3.0))
+        results[name] = draw(counted, cond, generators())
+        assert sum(calls) == 2 * nfe, name                                  # of two clips
+    torch.testing.assert_close(
+        results["4"], sampler.sample(unet, cond, solver.strided(sigmas, 4), generators()))
+    torch.testing.assert_close(
+        results["tts"], sampler.sample(unet, cond, solver.strided(sigmas, 2), generators(), tts=True))
+    assert len({tuple(x.flatten()[:4].tolist()) for x in results.values()}) == len(results)
+
+
+def test_tables_name_runs_and_samplers_that_exist():
+    rows = evaluate.TABLE1 + [row for rows in evaluate.TABLE2.values() for row in rows]
+    for run, name, _ in rows:
+        assert run == "teacher" or run in evaluate.RUNS
+        evaluate.how(name, run == "teacher", (1.0, 3.0))
+    for stage in (1, 2):
+        flags = " ".join(flags[stage - 1] or "" for flags in evaluate.RUNS.values()).split()
+        script = (ROOT / f"train_stage{stage}.py").read_text()
+        assert all(f'flag("{flag}"' in script for flag in flags if flag.startswith("--"))
+
+
+def test_readme_tables_come_from_the_results(tmp_path):
+    row = {"run": "osv", "sampler": "1", "seed": 0, "steps": 1, "nfe": 1, "paper": 335.36, "fvd": 40.0,
+           "interval": 4.0, "seconds": 0.01, "sharpness": 1.0, "diversity": 0.1, "motion": 0.9}
+    rows = [row, {**row, "seed": 1, "fvd": 50.0}, {**row, "run": "teacher", "sampler": "8", "nfe": 16}]
+    model.write_json(tmp_path / "results" / "table1.json", {
+        "protocol": {"clips": 3}, "rows": rows, "command": "python evaluate.py table1", "device": "cpu",
+        "date": "today", "settings": {"seeds": [0, 1]}})
+    (tmp_path / "README.md").write_text("before\n<!-- table1 -->\nold\n<!-- end -->\nafter\n")
+    evaluate.readme(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- table1 -->\n|") and text.endswith("<!-- end -->\nafter\n")
+    assert "| osv | 1 | 1 | 45.0 (36 to 54) | 0.010 | 1.00 | 0.100 | 0.90 | 335.36 |" in text
+    assert "old" not in text and "clips 3" in text
+    evaluate.readme(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text                     # again is the same
+    assert (tmp_path / "results" / "table1_nfe.png").stat().st_size > 0
