@@ -1,23 +1,38 @@
-"""How fast is it, and how far from what the machine can do? So far: the kernel that feeds the discriminator.
+"""How fast is it, how much memory does it take, and how far is it from what the machine can do?
 
-    $ python bench.py kernel --report results/kernel.json        # upsample + normalise, on a CUDA GPU
-    $ python bench.py kernel --device cpu                        # the same checks, small, without Triton
+    $ python bench.py kernel --report results/kernel.json       # upsample + normalise, on a CUDA GPU
+    $ python bench.py nets sample --report results/bench.json   # SVD at full size, random weights
+    $ python bench.py nets sample --compile                     # and with torch.compile
+    $ python bench.py train                                     # iterations of both stages
+    $ python bench.py all --size toy --device cpu               # the toy networks, anywhere
 
-Each row is a median over repeats after warm-up, with rotating inputs so that no run finds its data in a
-cache; "backward" is forward and backward together, less forward. The floor is the time to move the bytes
-that have to be moved (each input read once, each output written once) at the copy bandwidth measured in the
-same run.
+`nets` are UNet forward, forward + backward, VAE encode and decode; `sample` is an image to decoded frames in
+one step, in one with the Time Travel Sampler, and in 25 guided steps. If diffusers is installed it is
+measured beside them. --profile prints which kernels the time goes to. Weights are random: it does not matter.
+
+Each figure is a median over repeats after warm-up. Of the kernel: inputs rotate so that no run finds its data
+in a cache, "backward" is forward and backward together, less forward, and the floor is the time to move the
+bytes that have to be moved (each input read once, each output written once) at the copy bandwidth measured in
+the same run. Of the networks: TFLOP are counted on the first call, and the share is that of a large bf16
+matrix product, measured in the same run.
 """
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import engine
+import model
+import sampler
+import solver
 from discriminator import IMAGENET_MEAN, IMAGENET_STD, upsample_normalize
 
 # frames, latent height and width, output height and width
@@ -130,19 +145,262 @@ def kernel(args):
     return {"copy_bandwidth": bandwidth, "rows": rows}
 
 
-parser = argparse.ArgumentParser(description="Measure speed.", allow_abbrev=False)
-parser.error = lambda message: sys.exit(print(f"bench.py: {message}", file=sys.stderr) or 2)
-parser.add_argument("what", choices=["kernel"], help="what to measure")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                    help="where to run (default: %(default)s)")
-parser.add_argument("--report", type=Path, help="JSON file to write")
+# ---- networks and samplers ------------------------------------------------------------------------------
+
+
+def measure(name, fn, args):
+    """fn() -> a row: median milliseconds, TFLOP, share of the matmul ceiling, peak memory. Too little memory
+    is a result, too."""
+    cuda, row, times = args.device.startswith("cuda"), {"what": name}, []
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    try:
+        with FlopCounterMode(display=False) as counter:
+            fn()
+        for i in range(args.warmup + args.repeats):
+            if i == args.warmup and cuda:
+                torch.cuda.reset_peak_memory_stats()
+            wait()
+            before = time.perf_counter()
+            fn()
+            wait()
+            times.append((time.perf_counter() - before) * 1e3)
+    except torch.cuda.OutOfMemoryError:
+        print(f"{name:58} out of memory", flush=True)
+        return row | {"error": "out of memory"}
+    row["tflop"] = counter.get_total_flops() / 1e12
+    row["ms"] = sorted(times[args.warmup:])[args.repeats // 2]
+    row["share"] = row["tflop"] / row["ms"] * 1e3 / args.ceiling
+    row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    print(f"{name:58}{row['ms']:9.1f} ms {row['tflop']:8.2f} TFLOP {row['share']:5.0%}"
+          + (f" {row['memory_gib']:6.1f} GiB" if cuda else ""), flush=True)
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            fn()
+        by = "self_device_time_total" if cuda else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=90))
+    return row
+
+
+def matmul_ceiling(device, dtype):
+    """TFLOP/s of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / median_ms(lambda _: a @ b, [None], device) / 1e9
+
+
+def networks(args, device, dtype):
+    """UNet and VAE of SVD's size or the toy's, with random weights of a sensible scale, and their inputs."""
+    unet_config, vae_config, embed_dim = {}, {}, 1024
+    if args.size == "toy":
+        unet_config, vae_config = (
+            {k: v for k, v in model.read_json(sampler.TOY / part / "config.json").items() if k[0] != "_"}
+            for part in ("unet", "vae"))
+        embed_dim = unet_config["cross_attention_dim"]
+    with torch.device(device):
+        unet, vae = model.UNet(**unet_config).to(dtype).eval(), model.VAE(**vae_config).to(dtype).eval()
+        for net in (unet, vae):
+            net.requires_grad_(False)
+        f, h, w = args.num_frames, args.height // 8, args.width // 8
+        cond = model.Cond(torch.randn(1, 1, embed_dim), torch.randn(1, f, 4, h, w),
+                          torch.tensor([[6.0, 127.0, 0.02]]))
+    return unet, vae, cond
+
+
+def theirs(unet, vae):
+    """The same networks by diffusers, with the same weights."""
+    import diffusers
+    twins = (diffusers.UNetSpatioTemporalConditionModel(**unet.config),
+             diffusers.AutoencoderKLTemporalDecoder(**vae.config))
+    for twin, net in zip(twins, (unet, vae)):
+        twin.load_state_dict(net.state_dict())
+        parameter = next(net.parameters())
+        twin.to(parameter.device, parameter.dtype).eval().requires_grad_(False)
+    return twins
+
+
+def compiled(net, args):
+    if args.compile:
+        net.compile(dynamic=False)
+    return net
+
+
+def nets(args):
+    device, dtype, rows = torch.device(args.device), args.dtype, []
+    unet, vae, cond = networks(args, device, dtype)
+    x = torch.cat([cond.image_latents] * 2, dim=2).to(dtype)                    # 1 f 8 h w
+    given = x, torch.tensor([1.6], device=device), cond.image_embeds.to(dtype), cond.time_ids.to(dtype)
+    frames = torch.randn(args.num_frames, 3, args.height, args.width, device=device, dtype=dtype)
+    latents, f = cond.image_latents[0].to(dtype), args.num_frames               # f 4 h w
+
+    def backward(net, call):
+        """Gradients of all weights, activations computed twice."""
+        net.requires_grad_(True)
+        call(net).square().mean().backward()
+        net.requires_grad_(False)
+        for parameter in net.parameters():
+            parameter.grad = None
+
+    no_grad = torch.no_grad()
+    variants = [("ours", unet, vae)]
+    if args.diffusers:
+        variants.append(("diffusers", *theirs(unet, vae)))
+    for name, unet, vae in variants:
+        forward = (lambda net: net(*given)) if name == "ours" else (
+            lambda net: net(given[0], given[1][0], *given[2:], return_dict=False)[0])
+        encode = vae.encode if name == "ours" else lambda x, vae=vae: vae.encode(x).latent_dist.mode()
+        decode = partial(vae.decode, num_frames=args.num_frames)
+        name += " compiled" * args.compile
+        compiled(unet, args), compiled(vae.decoder, args), compiled(vae.encoder, args)
+        rows += [measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args),
+                 measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args),
+                 measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args)]
+        if name.startswith("ours"):
+            unet.set_checkpointing(True)
+        else:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        rows.append(measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args))
+    return rows
+
+
+def sample(args):
+    """From an encoded condition to decoded frames."""
+    device, dtype, f, rows = torch.device(args.device), args.dtype, args.num_frames, []
+    unet, vae, cond = networks(args, device, dtype)
+    compiled(unet, args), compiled(vae.decoder, args)
+    image = torch.zeros(1, 3, args.height, args.width, device=device)
+
+    def ours(draw, k):
+        sigmas = solver.karras_sigmas(25) if k == 25 else solver.strided(solver.karras_sigmas(100), k)
+        latents = vae.encode(image)[:, None].expand_as(cond.image_latents)
+        x0 = draw(unet, cond._replace(image_latents=latents), sigmas, torch.Generator().manual_seed(0))
+        return sampler.decode(vae, x0, args.decode_chunk_size)
+
+    teacher = partial(sampler.sample_teacher, guidance=(1.0, 3.0))
+    travel = partial(sampler.sample, tts=True)
+    for name, draw, k in (("1 step", sampler.sample, 1), ("1 step + TTS", travel, 2),
+                          ("25 guided", teacher, 25)):
+        rows.append(measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
+                            torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args))
+    if args.diffusers:
+        from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+        scheduler = EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True,
+            sigma_min=solver.SIGMA_MIN, sigma_max=solver.SIGMA_MAX)
+        their_unet, their_vae = theirs(unet, vae)
+        pipe = StableVideoDiffusionPipeline(
+            unet=their_unet, vae=their_vae, scheduler=scheduler, image_encoder=None, feature_extractor=None)
+        pipe.set_progress_bar_config(disable=True)
+        embeds = cond.image_embeds.to(dtype)              # the image encoder is left out on both sides
+        for k, high in ((1, 1.0), (25, 3.0)):
+            given = embeds if k == 1 else torch.cat([torch.zeros_like(embeds), embeds])
+            pipe._encode_image = lambda *_, given=given: given
+            rows.append(measure(
+                f"diffusers: image to frames, {k} step{'s guided' * (k > 1)}", lambda k=k, high=high: pipe(
+                    image, args.height, args.width, f, num_inference_steps=k, min_guidance_scale=1.0,
+                    max_guidance_scale=high, output_type="pt",
+                    decode_chunk_size=args.decode_chunk_size or f), args))
+    return rows
+
+
+# ---- training -------------------------------------------------------------------------------------------
+
+
+def random_pipeline(folder, args):
+    """SVD's architecture with random weights, a DINOv2 ViT-S, and a few videos of noise."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+    unet, vae, _ = networks(args, torch.device("cpu"), torch.float16)
+    model.save_unet(unet, folder / "unet", torch.float16)
+    model.save_vae(vae, folder / "vae", torch.float16)
+    model.save_configs(folder)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+        projection_dim=1024, hidden_act="gelu")).half().save_pretrained(folder / "image_encoder")
+    Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)).save_pretrained(
+        folder / "dinov2")
+    (folder / "videos").mkdir()
+    for i in range(4):
+        noise = F.interpolate(torch.rand(60, 3, args.height // 8, args.width // 8), scale_factor=8)  # f 3 H W
+        sampler.save_video(noise * 2 - 1, folder / "videos" / f"{i}.mp4", 24)
+
+
+def train(args):
+    """Iterations of the scripts themselves, one clip per process."""
+    stages = [(1, kind, args.width, args.height) for kind in ("latent", "subpixel", "pixel", "unet")]
+    stages.append((2, "latent", min(576, args.width), min(320, args.height)))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder, pipeline = Path(folder), sampler.TOY
+        common = ["--preset", "toy_cpu", "--num_clips", "8"]
+        if args.size == "full":
+            pipeline = folder
+            random_pipeline(folder, args)
+            common = ["--preset", "paper", "--data", folder / "videos", "--dino", folder / "dinov2"]
+        for stage, kind, width, height in stages:
+            out = folder / f"{stage}-{kind}"
+            command = [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.gpus,
+                f"train_stage{stage}.py", *common, "--model", pipeline, "--output_dir", out, "--width", width,
+                "--height", height, "--batch_size", args.gpus, "--discriminator", kind, "--log_steps", 3,
+                "--max_train_steps", 9, "--validation_steps", 99, "--validation_teacher_steps", 1]
+            if stage == 2:
+                command += ["--stage1", "none"]
+            run = subprocess.run(list(map(str, command)), capture_output=True, text=True,
+                                 cwd=Path(__file__).parent)
+            row = {"what": f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs"}
+            if run.returncode:
+                row["error"] = run.stderr.strip().splitlines()[-1]
+            else:
+                last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+                row |= {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
+                        "memory_gib": last["memory_gb"] * 1e9 / 2**30}
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Measure speed and memory: of the fused kernel, the networks, sampling, training.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = engine.fail
+    flag = parser.add_argument
+    flag("what", nargs="+", choices=["kernel", "nets", "sample", "train", "all"], help="one or several")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    flag("--size", choices=["full", "toy"], default="full", help="of the networks: SVD's, or the toy world's")
+    flag("--width", type=engine.positive, help="of the clips (None: 1024; toy 128)")
+    flag("--height", type=engine.positive, help="of the clips (None: 576; toy 128)")
+    flag("--num_frames", type=engine.positive, default=14, help="of the clips")
+    flag("--decode_chunk_size", type=engine.positive, help="frames decoded at a time (None: all)")
+    flag("--compile", action="store_true", help="torch.compile the networks")
+    flag("--profile", action="store_true", help="print where the time goes")
+    flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")
+    flag("--gpus", type=engine.positive, default=1, help="train: processes, one clip each")
+    flag("--repeats", type=engine.positive, default=5, help="timed runs")
+    flag("--warmup", type=engine.positive, default=2, help="runs before them")
+    flag("--report", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    args.width, args.height = (side or default for side, default in zip(
+        (args.width, args.height), (128, 128) if args.size == "toy" else (1024, 576)))
+    args.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.diffusers:
+        try:
+            import diffusers
+        except ImportError:
+            args.diffusers = False
+    args.ceiling = matmul_ceiling(device, args.dtype)
+    print(f"matrix product {args.ceiling:.0f} TFLOP/s")
+    result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
+              "device": torch.cuda.get_device_name() if device.type == "cuda" else args.device,
+              "torch": torch.__version__, "diffusers": diffusers.__version__ if args.diffusers else None,
+              "matmul_tflops_per_s": args.ceiling}
+    for name in ("kernel", "nets", "sample", "train"):
+        if name in args.what or "all" in args.what:
+            result[name] = globals()[name](args)
+            if args.report:                                         # what is done is on the disk
+                model.write_json(args.report, result)
+
 
 if __name__ == "__main__":
-    args = parser.parse_args()
-    result = {"kernel": kernel}[args.what](args)
-    if args.report:
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        args.report.write_text(json.dumps({
-            "command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "device": device,
-            "torch": torch.__version__, **result}, indent=2) + "\n")
+    main()
