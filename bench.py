@@ -4,6 +4,7 @@
     $ python bench.py nets sample --report results/bench.json   # SVD at full size, random weights
     $ python bench.py nets sample --compile                     # and with torch.compile
     $ python bench.py train                                     # iterations of both stages
+    $ python bench.py videos --report results/videos.json       # decoding, on the CPU
     $ python bench.py all --size toy --device cpu               # the toy networks, anywhere
 
 `nets` are UNet forward, forward + backward, VAE encode and decode; `sample` is an image to decoded frames in
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import engine
 import model
 import sampler
@@ -359,13 +361,49 @@ def train(args):
     return rows
 
 
+# ---- videos ---------------------------------------------------------------------------------------------
+
+
+def videos(args, seconds=6, count=16):
+    """Clips per second and process from 1080p H.264 at 30 frames a second, random places; a large list."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        pattern = F.interpolate(255 * torch.rand(1, 3, 27, 48), (1080, 1920), mode="bilinear")[0]
+        pattern = pattern.byte().permute(1, 2, 0)                                           # H W 3
+        frames = torch.stack([pattern.roll((i, 7 * i), (0, 1)) for i in range(30 * seconds)])
+        sampler.write_mp4(frames.numpy(), folder / "video.mp4", 30)
+        for width, height in ((576, 320), (1024, 576)):
+            clips = data.Clips(data.open_files(folder), 0, args.num_frames, width, height, workers=1)
+            clips.clip(0)                                           # starts the process
+            before = time.perf_counter()
+            for number in range(1, count + 1):
+                clips.clip(number)
+            per_second = count / (time.perf_counter() - before)
+            latent = args.num_frames * 4 * (height // 8) * (width // 8) * 2
+            rows.append({"what": f"1080p H.264 -> {args.num_frames} frames of {width}x{height}",
+                         "clips_per_s_and_process": per_second,
+                         "encoded_mb_per_1000_clips": latent * (1 + 1 / args.num_frames) / 1e3})
+            print(rows[-1], flush=True)
+        with open(folder / "list.csv", "w") as file:
+            file.write("video,caption,motion score\n")
+            file.writelines(f"clip_{i}.mp4,{'some words ' * 50},{i % 20}\n" for i in range(1_000_000))
+        before = time.perf_counter()
+        files = data.open_files(folder / "list.csv", [("motion score", 2, 20)])
+        seconds = time.perf_counter() - before
+        rows.append({"what": f"list of 1,000,000 rows, {len(files):,d} left", "s": seconds})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description="Measure speed and memory: of the fused kernel, the networks, sampling, training.",
+        description="Measure speed and memory: the fused kernel, the networks, sampling, training, videos.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = engine.fail
     flag = parser.add_argument
-    flag("what", nargs="+", choices=["kernel", "nets", "sample", "train", "all"], help="one or several")
+    parts = {"kernel": kernel, "nets": nets, "sample": sample, "train": train, "videos": videos}
+    flag("what", nargs="+", choices=[*parts, "all"], help="one or several, see the top of this file")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     flag("--size", choices=["full", "toy"], default="full", help="of the networks: SVD's, or the toy world's")
     flag("--width", type=engine.positive, help="of the clips (None: 1024; toy 128)")
@@ -395,9 +433,9 @@ def main():
               "device": torch.cuda.get_device_name() if device.type == "cuda" else args.device,
               "torch": torch.__version__, "diffusers": diffusers.__version__ if args.diffusers else None,
               "matmul_tflops_per_s": args.ceiling}
-    for name in ("kernel", "nets", "sample", "train"):
+    for name, function in parts.items():
         if name in args.what or "all" in args.what:
-            result[name] = globals()[name](args)
+            result[name] = function(args)
             if args.report:                                         # what is done is on the disk
                 model.write_json(args.report, result)
 
