@@ -156,7 +156,7 @@ def measure(name, fn, args):
     cuda, row, times = args.device.startswith("cuda"), {"what": name}, []
     wait = torch.cuda.synchronize if cuda else lambda: None
     try:
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             fn()
         for i in range(args.warmup + args.repeats):
             if i == args.warmup and cuda:
@@ -202,9 +202,9 @@ def networks(args, device, dtype):
         unet, vae = model.UNet(**unet_config).to(dtype).eval(), model.VAE(**vae_config).to(dtype).eval()
         for net in (unet, vae):
             net.requires_grad_(False)
-        f, h, w = args.num_frames, args.height // 8, args.width // 8
-        cond = model.Cond(torch.randn(1, 1, embed_dim), torch.randn(1, f, 4, h, w),
-                          torch.tensor([[6.0, 127.0, 0.02]]))
+        b, f, h, w = args.batch_size, args.num_frames, args.height // 8, args.width // 8
+        cond = model.Cond(torch.randn(b, 1, embed_dim), torch.randn(b, f, 4, h, w),
+                          torch.tensor([[6.0, 127.0, 0.02]]).repeat(b, 1))
     return unet, vae, cond
 
 
@@ -220,57 +220,55 @@ def theirs(unet, vae):
     return twins
 
 
-def compiled(net, args):
-    if args.compile:
-        net.compile(dynamic=False)
-    return net
-
-
 def nets(args):
     device, dtype, rows = torch.device(args.device), args.dtype, []
     unet, vae, cond = networks(args, device, dtype)
-    x = torch.cat([cond.image_latents] * 2, dim=2).to(dtype)                    # 1 f 8 h w
-    given = x, torch.tensor([1.6], device=device), cond.image_embeds.to(dtype), cond.time_ids.to(dtype)
-    frames = torch.randn(args.num_frames, 3, args.height, args.width, device=device, dtype=dtype)
-    latents, f = cond.image_latents[0].to(dtype), args.num_frames               # f 4 h w
+    x = torch.cat([cond.image_latents] * 2, dim=2).to(dtype)                    # b f 8 h w
+    c_noise = torch.full((args.batch_size,), 1.6, device=device)
+    rest = cond.image_embeds.to(dtype), cond.time_ids.to(dtype)
+    latents, f = cond.image_latents.flatten(0, 1).to(dtype), args.num_frames    # (b f) 4 h w
+    frames = torch.randn(len(latents), 3, args.height, args.width, device=device, dtype=dtype)
+    variants = {"ours": (unet, vae, lambda unet: unet(x, c_noise, *rest), vae.encode)}
+    if args.diffusers:
+        their_unet, their_vae = theirs(unet, vae)
+        variants["diffusers"] = (
+            their_unet, their_vae, lambda unet: unet(x, c_noise[0], *rest, return_dict=False)[0],
+            lambda frames: their_vae.encode(frames).latent_dist.mode())
 
-    def backward(net, call):
-        """Gradients of all weights, activations computed twice."""
-        net.requires_grad_(True)
-        call(net).square().mean().backward()
-        net.requires_grad_(False)
-        for parameter in net.parameters():
+    def backward(unet, forward):
+        unet.requires_grad_(True)
+        forward(unet).square().mean().backward()
+        unet.requires_grad_(False)
+        for parameter in unet.parameters():
             parameter.grad = None
 
-    no_grad = torch.no_grad()
-    variants = [("ours", unet, vae)]
-    if args.diffusers:
-        variants.append(("diffusers", *theirs(unet, vae)))
-    for name, unet, vae in variants:
-        forward = (lambda net: net(*given)) if name == "ours" else (
-            lambda net: net(given[0], given[1][0], *given[2:], return_dict=False)[0])
-        encode = vae.encode if name == "ours" else lambda x, vae=vae: vae.encode(x).latent_dist.mode()
-        decode = partial(vae.decode, num_frames=args.num_frames)
-        name += " compiled" * args.compile
-        compiled(unet, args), compiled(vae.decoder, args), compiled(vae.encoder, args)
+    for name, (unet, vae, forward, encode) in variants.items():
+        name, no_grad = name + " compiled" * args.compile, torch.no_grad()
+        if args.compile:
+            for net in (unet, vae.encoder, vae.decoder):
+                net.compile(dynamic=False)
+        decode = partial(vae.decode, num_frames=f)
         rows += [measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args),
                  measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args),
-                 measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args)]
+                 measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args),
+                 measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)]
         if name.startswith("ours"):
             unet.set_checkpointing(True)
         else:
             unet.enable_gradient_checkpointing()
             unet.train()
-        rows.append(measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args))
+        rows.append(measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args))
     return rows
 
 
 def sample(args):
     """From an encoded condition to decoded frames."""
     device, dtype, f, rows = torch.device(args.device), args.dtype, args.num_frames, []
+    args.batch_size = 1
     unet, vae, cond = networks(args, device, dtype)
-    compiled(unet, args), compiled(vae.decoder, args)
-    image = torch.zeros(1, 3, args.height, args.width, device=device)
+    if args.compile:
+        unet.compile(dynamic=False), vae.decoder.compile(dynamic=False)
+    image = torch.zeros(args.batch_size, 3, args.height, args.width, device=device)
 
     def ours(draw, k):
         sigmas = solver.karras_sigmas(25) if k == 25 else solver.strided(solver.karras_sigmas(100), k)
@@ -409,6 +407,7 @@ def main():
     flag("--width", type=engine.positive, help="of the clips (None: 1024; toy 128)")
     flag("--height", type=engine.positive, help="of the clips (None: 576; toy 128)")
     flag("--num_frames", type=engine.positive, default=14, help="of the clips")
+    flag("--batch_size", type=engine.positive, default=1, help="nets: clips at a time")
     flag("--decode_chunk_size", type=engine.positive, help="frames decoded at a time (None: all)")
     flag("--compile", action="store_true", help="torch.compile the networks")
     flag("--profile", action="store_true", help="print where the time goes")
