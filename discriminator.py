@@ -320,7 +320,7 @@ class UNetFeatures(nn.Module):
         for block in unet.down_blocks:
             at += len(block.resnets)
             self.levels.append(at)
-            at += hasattr(block, "downsamplers")
+            at += len(block.downsamplers)
 
     def forward(self, latents, cond):               # b f c h w
         sigma = torch.randn(len(latents), 1, 1, 1, 1, device=latents.device)

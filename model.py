@@ -141,12 +141,12 @@ class SpatioTemporalResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over the middle axis of x [n s c]."""
 
-    def __init__(self, c, num_heads, bias=False):
+    def __init__(self, c, c_context=None, num_heads=1, bias=False):
         super().__init__()
         self.num_heads = num_heads
         self.to_q = nn.Linear(c, c, bias=bias)
-        self.to_k = nn.Linear(c, c, bias=bias)
-        self.to_v = nn.Linear(c, c, bias=bias)
+        self.to_k = nn.Linear(c_context or c, c, bias=bias)
+        self.to_v = nn.Linear(c_context or c, c, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x):
@@ -182,20 +182,13 @@ class Upsample(nn.Module):
 # UNet
 
 
-class ContextAttention(nn.Module):
+class ContextAttention(Attention):
     """Cross-attention to the image embedding, which is a single token.
 
     The softmax over one key is 1 for every query, so attention returns to_out(to_v(context)) whatever the
     query: one row per clip instead of one per pixel, exactly. to_q and to_k (and the norm before them) have
     no influence and no gradient; they stay because the checkpoint holds them.
     """
-
-    def __init__(self, c, c_context):
-        super().__init__()
-        self.to_q = nn.Linear(c, c, bias=False)
-        self.to_k = nn.Linear(c_context, c, bias=False)
-        self.to_v = nn.Linear(c_context, c, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, context):                                                 # b 1 d
         return self.to_out[0](self.to_v(context))                               # b 1 c
@@ -228,15 +221,15 @@ class SpatialTransformerBlock(nn.Module):
     def __init__(self, c, num_heads, c_context):
         super().__init__()
         self.norm1 = nn.LayerNorm(c)
-        self.attn1 = Attention(c, num_heads)
+        self.attn1 = Attention(c, num_heads=num_heads)
         self.norm2 = nn.LayerNorm(c)
         self.attn2 = ContextAttention(c, c_context)
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
-    def forward(self, x, context):                                              # (b f) s c,  b 1 d
+    def forward(self, x, context):                                              # n s c,  b 1 d
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(context).repeat_interleave(len(x) // len(context), 0)    # (b f) 1 c
+        x = x + self.attn2(context).repeat_interleave(len(x) // len(context), 0)    # n 1 c
         return x + self.ff(self.norm3(x))
 
 
@@ -251,10 +244,7 @@ class TemporalTransformerBlock(SpatialTransformerBlock):
     def forward(self, x, context, num_frames):                                  # (b f) s c,  b 1 d
         size = x.shape[1]
         x = rearrange(x, "(b f) s c -> (b s) f c", f=num_frames)
-        x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(context).repeat_interleave(size, 0)                  # (b s) 1 c
-        x = x + self.ff(self.norm3(x))
+        x = super().forward(x + self.ff_in(self.norm_in(x)), context)
         return rearrange(x, "(b s) f c -> (b f) s c", s=size)
 
 
@@ -286,7 +276,7 @@ class SpatioTemporalTransformer(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """One resolution of the UNet: residual blocks, each followed by a transformer where the level has them.
+    """One resolution of the UNet: layers of a residual block each and, where there is one, a transformer.
 
     On the way down each layer's output is appended to `skips`; on the way up each layer's input is joined
     with the last of them. With `checkpointing` a layer keeps only its input for the backward pass and
@@ -295,17 +285,14 @@ class UNetBlock(nn.Module):
 
     checkpointing = False
 
-    def __init__(self, channels_in, c, c_emb, transformer=None, down=False, up=False, eps=1e-6):
-        """channels_in: input channels of each residual block; transformer: arguments of
-        SpatioTemporalTransformer or None; down, up: ends in a resize by 2."""
+    def __init__(self, channels_in, c, c_emb, transformers=(), down=False, up=False, eps=1e-6):
+        """channels_in: input channels of each residual block; transformers: arguments of the
+        SpatioTemporalTransformer behind each, as far as they go; down, up: ends in a resize by 2."""
         super().__init__()
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, c_emb, eps) for c_in in channels_in)
-        if transformer:
-            self.attentions = nn.ModuleList(SpatioTemporalTransformer(c, *transformer) for _ in channels_in)
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(c, padding=1)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(c)])
+        self.attentions = nn.ModuleList(SpatioTemporalTransformer(c, *sizes) for sizes in transformers)
+        self.downsamplers = nn.ModuleList([Downsample(c, padding=1)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(c)] if up else [])
 
     def layer(self, i, x, num_frames, emb, context):
         if self.checkpointing and torch.is_grad_enabled():
@@ -314,35 +301,23 @@ class UNetBlock(nn.Module):
 
     def run_layer(self, i, x, num_frames, emb, context):
         x = self.resnets[i](x, num_frames, emb)
-        return self.attentions[i](x, num_frames, context) if hasattr(self, "attentions") else x
+        return self.attentions[i](x, num_frames, context) if i < len(self.attentions) else x
 
     def down(self, x, skips, num_frames, emb, context):
         for i in range(len(self.resnets)):
             x = self.layer(i, x, num_frames, emb, context)
             skips.append(x)
-        if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
             skips.append(x)
         return x
 
     def up(self, x, skips, num_frames, emb, context):
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), num_frames, emb, context)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
-
-
-class MidBlock(nn.Module):
-    """Bottom of the UNet: residual block, transformer, residual block."""
-
-    def __init__(self, c, c_emb, transformer):
-        super().__init__()
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb, eps=1e-5) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatioTemporalTransformer(c, *transformer)])
-
-    def forward(self, x, num_frames, emb, context):
-        x = self.resnets[0](x, num_frames, emb)
-        x = self.attentions[0](x, num_frames, context)
-        return self.resnets[1](x, num_frames, emb)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
 
 
 class UNet(nn.Module):
@@ -359,20 +334,15 @@ class UNet(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         channels, depth = list(block_out_channels), len(block_out_channels)
-        layers, transformer_layers, heads, c_context = (
-            [v] * depth if isinstance(v, int) else list(v)
-            for v in (
-                layers_per_block, transformer_layers_per_block, num_attention_heads, cross_attention_dim))
-        per_level = layers, transformer_layers, heads, c_context, down_block_types, up_block_types
-        if any(len(setting) != depth for setting in per_level):
+        layers, transformer_layers, heads, c_context = per_level = [
+            [v] * depth if isinstance(v, int) else list(v) for v in (
+                layers_per_block, transformer_layers_per_block, num_attention_heads, cross_attention_dim)]
+        if any(len(setting) != depth for setting in (*per_level, down_block_types, up_block_types)):
             raise ModelError(f"block_out_channels has {depth} levels, another setting has more or fewer")
         if any(c % a for c, a in zip(channels, heads)):
             raise ModelError(f"num_attention_heads {heads} do not divide block_out_channels {channels}")
         kinds = {f"{cross}{way}BlockSpatioTemporal": bool(cross)
                  for cross in ("CrossAttn", "") for way in ("Down", "Up")}
-        unknown = {*down_block_types, *up_block_types} - {*kinds}
-        if unknown:
-            raise ModelError(f"block type {min(unknown)} is not one of {', '.join(kinds)}")
         c_first, c_emb = channels[0], 4 * channels[0]
         transformers = list(zip(heads, transformer_layers, c_context))
 
@@ -387,24 +357,25 @@ class UNet(nn.Module):
         for i, kind in enumerate(down_block_types):
             last = i == depth - 1
             self.down_blocks.append(UNetBlock(
-                [c] + [channels[i]] * (layers[i] - 1), channels[i], c_emb, kinds[kind] and transformers[i],
-                down=not last, eps=1e-6 if kinds[kind] else 1e-5))
+                [c] + [channels[i]] * (layers[i] - 1), channels[i], c_emb,
+                [transformers[i]] * layers[i] if kinds[kind] else [], down=not last,
+                eps=1e-6 if kinds[kind] else 1e-5))
             c = channels[i]
             c_skips += [c] * (layers[i] + (not last))
-        self.mid_block = MidBlock(c, c_emb, transformers[-1])
+        self.mid_block = UNetBlock([c, c], c, c_emb, transformers[-1:], eps=1e-5)
         for i, kind in zip(reversed(range(depth)), up_block_types):
             channels_in = []
             for _ in range(layers[i] + 1):
                 channels_in.append(c + c_skips.pop())
                 c = channels[i]
             self.up_blocks.append(UNetBlock(
-                channels_in, c, c_emb, kinds[kind] and transformers[i], up=i > 0))
+                channels_in, c, c_emb, [transformers[i]] * len(channels_in) if kinds[kind] else [], up=i > 0))
 
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-5)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
 
     def set_checkpointing(self, on=True):
-        for block in (*self.down_blocks, *self.up_blocks):
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             block.checkpointing = on
 
     def forward(self, x, c_noise, image_embeds, time_ids):
@@ -418,7 +389,7 @@ class UNet(nn.Module):
         """
         dtype_in, num_frames = x.dtype, x.shape[1]
         skips, emb, context = self.encode(x, c_noise, image_embeds, time_ids)
-        x = self.mid_block(skips[-1], num_frames, emb, context)
+        x = self.mid_block.down(skips[-1], [], num_frames, emb, context)        # whose layers nobody skips to
         for block in self.up_blocks:
             x = block.up(x, skips, num_frames, emb, context)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 4 h w
@@ -455,7 +426,7 @@ class ImageAttention(Attention):
     """Single-head attention among all pixels of a frame, with norm and residual: the middle of the VAE."""
 
     def __init__(self, c):
-        super().__init__(c, num_heads=1, bias=True)
+        super().__init__(c, bias=True)
         self.group_norm = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
 
     def forward(self, x):                                                       # n c h w
@@ -464,17 +435,23 @@ class ImageAttention(Attention):
 
 
 class VAELevel(nn.Module):
-    """One resolution of encoder or decoder (or its middle): modules only, the owner runs them."""
+    """One resolution of encoder or decoder: residual blocks, then a resize, but for the last. Or the middle,
+    with an attention between two residual blocks. (A checkpoint with more of them there carries weights that
+    its reference implementation never runs, and neither do we.)"""
 
-    def __init__(self, resnets, attention=None, down=None, up=None):
+    def __init__(self, resnets, attentions=(), down=(), up=()):
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        if attention:
-            self.attentions = nn.ModuleList([ImageAttention(attention)])
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(down, padding=0)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(up)])
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers, self.upsamplers = nn.ModuleList(down), nn.ModuleList(up)
+
+    def forward(self, x, *num_frames):                              # which the blocks of the decoder ask for
+        for i, resnet in enumerate(self.resnets[:2] if self.attentions else self.resnets):
+            for attention in self.attentions[:i]:
+                x = attention(x)
+            x = resnet(x, *num_frames)
+        for resize in (*self.downsamplers, *self.upsamplers):
+            x = resize(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -484,60 +461,44 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        c = channels[0]
-        for i, c_out in enumerate(channels):
-            resnets = [ResBlock(c if j == 0 else c_out, c_out) for j in range(num_layers)]
-            self.down_blocks.append(VAELevel(resnets, down=c_out if i < len(channels) - 1 else None))
-            c = c_out
-        self.mid_block = VAELevel([ResBlock(c, c), ResBlock(c, c)], attention=c)
+        for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
+            resnets = [ResBlock(c_out if j else c, c_out) for j in range(num_layers)]
+            down = [Downsample(c_out, padding=0)] if i < len(channels) else []
+            self.down_blocks.append(VAELevel(resnets, down=down))
+        c = channels[-1]
+        self.mid_block = VAELevel([ResBlock(c, c), ResBlock(c, c)], [ImageAttention(c)])
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
         self.conv_out = nn.Conv2d(c, 2 * c_latent, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for level in self.down_blocks:
-            for resnet in level.resnets:
-                x = resnet(x)
-            if hasattr(level, "downsamplers"):
-                x = level.downsamplers[0](x)
-        x = self.mid_block.resnets[0](x)
-        x = self.mid_block.resnets[1](self.mid_block.attentions[0](x))
+        for level in (*self.down_blocks, self.mid_block):
+            x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
     """All frames of a clip together, so that they do not flicker: (b f) latent h w -> (b f) 3 H W."""
 
-    def __init__(self, c_out, c_latent, channels, num_layers):
+    def __init__(self, c_image, c_latent, channels, num_layers):
         super().__init__()
-
-        def block(c_in, c):
-            return SpatioTemporalResBlock(c_in, c, temporal_eps=1e-5, mix_factor=0.0, mix_is_temporal=True)
-
-        c = channels[-1]
+        block = partial(SpatioTemporalResBlock, temporal_eps=1e-5, mix_factor=0.0, mix_is_temporal=True)
+        channels = channels[::-1]                                               # from the bottom up
+        c = channels[0]
         self.conv_in = nn.Conv2d(c_latent, c, 3, padding=1)
-        self.mid_block = VAELevel([block(c, c) for _ in range(num_layers)], attention=c)
+        self.mid_block = VAELevel([block(c, c) for _ in range(num_layers)], [ImageAttention(c)])
         self.up_blocks = nn.ModuleList()
-        for i, c_level in reversed(list(enumerate(channels))):
-            resnets = [block(c if j == 0 else c_level, c_level) for j in range(num_layers + 1)]
-            self.up_blocks.append(VAELevel(resnets, up=c_level if i > 0 else None))
-            c = c_level
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
-        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
-        self.time_conv_out = TemporalConv(c_out, c_out)
+        for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
+            resnets = [block(c_out if j else c, c_out) for j in range(num_layers + 1)]
+            self.up_blocks.append(VAELevel(resnets, up=[Upsample(c_out)] if i < len(channels) else []))
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, channels[-1], 1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], c_image, 3, padding=1)
+        self.time_conv_out = TemporalConv(c_image, c_image)
 
     def forward(self, x, num_frames):
         x = self.conv_in(x)
-        # One attention, between the first two blocks. A checkpoint with more blocks here carries weights
-        # that its reference implementation never runs, and neither do we.
-        x = self.mid_block.resnets[0](x, num_frames)
-        for resnet in self.mid_block.resnets[1:2]:
-            x = resnet(self.mid_block.attentions[0](x), num_frames)
-        for level in self.up_blocks:
-            for resnet in level.resnets:
-                x = resnet(x, num_frames)
-            if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](x)
+        for level in (self.mid_block, *self.up_blocks):
+            x = level(x, num_frames)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 3 H W
         height = x.shape[2]
         x = self.time_conv_out(rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames))
@@ -819,7 +780,7 @@ def load_network(cls, folder, variant, dtype, device):
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         with torch.device("meta"):
             net = cls(**config)
-    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ZeroDivisionError) as error:
         what = f"not a configuration of SVD's {cls.__name__}"
         raise ModelError(f"{folder}/config.json: {what} ({error})") from error
     expected, tensors = net.state_dict(), {}
