@@ -6,6 +6,10 @@
     LoRA         add_lora, merge_lora, save_lora, load_lora
     load_*       load_unet, load_vae, load_image_encoder: a folder in the diffusers layout, or a hub id
     save_*       save_unet, save_vae, save_configs: the same layout, opened by diffusers as it is
+    export       a student and the rest of its pipeline in one folder, with a model card; a command, too:
+
+    $ python model.py export --model assets/toy --student out/stage2/merged --output_dir out/osv
+    $ python model.py merge --model stabilityai/... --student lora.safetensors --output_dir out/merged
 
 Attribute names are those of the published checkpoint, so that loading is a strict `load_state_dict` with
 no key mapping. Layout inside the networks is (b f) c h w: frames ride in the batch, and every temporal
@@ -15,10 +19,11 @@ s positions (h w), n any batch.
 Blattmann et al., "Stable Video Diffusion" (arXiv 2311.15127) describes the networks; the parameterisation
 of their output (EDM with v-prediction) is in solver.py.
 """
+import argparse
 import json
 import math
-import os
 import re
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,10 +37,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
+SVD = "stabilityai/stable-video-diffusion-img2vid"
+STABILITY = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "input_blocks.")   # and its keys
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ModelError(ValueError):
@@ -324,6 +334,8 @@ class UNet(nn.Module):
     """SVD's spatio-temporal UNet. Keyword arguments are the keys of unet/config.json; the defaults are SVD's
     own, 1,524,623,082 parameters. Settings that SVD's layout has per block may be one number for all."""
 
+    class_name = "UNetSpatioTemporalConditionModel"                             # in diffusers
+
     def __init__(
         self, *, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
         down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
@@ -512,6 +524,8 @@ class VAE(nn.Module):
     the condition latent enters the UNet unscaled.
     """
 
+    class_name = "AutoencoderKLTemporalDecoder"                                 # in diffusers
+
     def __init__(
         self, *, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4, scaling_factor=0.18215,
@@ -552,6 +566,12 @@ class Cond(NamedTuple):
     image_embeds: torch.Tensor      # b 1 d      CLIP embedding of the clean image
     image_latents: torch.Tensor    # b f 4 h w  VAE mode of the noise-augmented image, unscaled, on each frame
     time_ids: torch.Tensor          # b 3        fps - 1, motion bucket, noise augmentation
+
+
+def default_size(unet):
+    """(width, height) that a UNet was trained for. SVD's config says 768 square; it was trained wide."""
+    side = 8 * unet.config["sample_size"]
+    return (1024, 576) if side == 768 else (side, side)
 
 
 def unconditional(cond):
@@ -604,7 +624,8 @@ def encode_condition(vae, image_encoder, images, noise, *, num_frames, fps, moti
 # LoRA (Hu et al., arXiv 2106.09685)
 
 LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.(0\.proj|2)"
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' name
+PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's own, with a config
 
 
 class LoRALinear(nn.Linear):
@@ -614,9 +635,9 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)                    # not nn.Linear's: no second weight is allocated
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        factory = dict(bias=False, device=self.weight.device)                  # what trains is fp32
-        self.lora_A = nn.Linear(self.in_features, rank, **factory)
-        self.lora_B = nn.Linear(rank, self.out_features, **factory)
+        # What trains is fp32, whatever the network is.
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=self.weight.device)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=self.weight.device)
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)          # starts as the layer it replaces
         self.rank, self.alpha, self.active = rank, alpha, True
@@ -626,14 +647,6 @@ class LoRALinear(nn.Linear):
             return super().forward(x)
         delta = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
         return super().forward(x) + self.alpha / self.rank * delta
-
-    def merged(self):
-        """The plain linear layer that computes the same."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        delta = self.lora_B.weight @ self.lora_A.weight * (self.alpha / self.rank)
-        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
-        linear.bias = self.bias
-        return linear
 
 
 def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
@@ -676,10 +689,15 @@ def without_lora(unet):
 
 
 @torch.no_grad()
-def merge_lora(unet):
-    """Folds every update into its layer, in place: same outputs, no extra cost. Returns the network."""
+def merge_lora(unet, scale=1):
+    """Folds every update into its layer, in place: same outputs, no extra cost. scale=-1 takes an update that
+    was merged out again, up to rounding. Returns the network."""
     for path, layer in lora_layers(unet).items():
-        unet.set_submodule(path, layer.merged())
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        delta = layer.lora_B.weight @ layer.lora_A.weight * (scale * layer.alpha / layer.rank)
+        linear.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype))
+        linear.bias = layer.bias
+        unet.set_submodule(path, linear)
     return unet
 
 
@@ -698,14 +716,23 @@ def save_lora(unet, folder):
     write_safetensors(Path(folder) / LORA_FILE, tensors, {"lora_adapter_metadata": json.dumps(settings)})
 
 
+def lora_file(path):
+    """The file of a LoRA: `path` itself or, in a folder, the name that diffusers or PEFT gives it."""
+    inside = [file for file in (Path(path) / LORA_FILE, Path(path) / PEFT_FILE) if file.is_file()]
+    return inside[0] if inside else Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+
+
 def load_lora(unet, path):
     """Puts the update saved at `path` (a folder or a .safetensors file) beside the layers of a network.
     Returns the network. Raises ModelError for a key or shape that does not fit, and then changes nothing."""
-    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    tensors, metadata = {}, {}
-    for key, tensor in read_safetensors([file], metadata):
-        tensors[key.removeprefix("unet.")] = tensor
-    try:                                                                # PEFT's own files have no prefix
+    file, metadata = lora_file(path), {}
+    tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
+               for key, tensor in read_safetensors([file], metadata)}
+    if not tensors:
+        raise ModelError(f"{file}: no LoRA weights in it")
+    if file.name == PEFT_FILE:                                      # its settings are in a file of their own
+        metadata["lora_adapter_metadata"] = json.dumps(read_json(file.with_name("adapter_config.json")))
+    try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
         alpha = None if settings.get("lora_alpha") is None else settings["lora_alpha"] + 0
@@ -714,22 +741,19 @@ def load_lora(unet, path):
     for setting in ("use_rslora", "alpha_pattern"):               # scales that alpha / rank does not describe
         if settings.get(setting):
             raise ModelError(f"{file}: made with {setting}, which is not supported")
-    if not tensors:
-        raise ModelError(f"{file}: no LoRA weights in it")
-    loaded = {}
-    paths = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     layers = {p: m for p, m in unet.named_modules() if isinstance(m, nn.Linear)}
-    for path in paths:
+    loaded = {}
+    for path in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
         pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
         if path not in layers or None in pair:
             raise ModelError(f"{file}: {path}.lora_* does not fit a linear layer of this network")
-        shapes = [(len(pair[0]), layers[path].in_features), (layers[path].out_features, len(pair[0]))]
-        found = [tuple(t.shape) for t in pair]
-        if found != shapes:
+        found, rank = [tuple(t.shape) for t in pair], pair[0].numel() // layers[path].in_features
+        shapes = [(rank, layers[path].in_features), (layers[path].out_features, rank)]
+        if found != shapes or not rank:
             raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
-        loaded[path] = LoRALinear(layers[path], len(pair[0]), len(pair[0]) if alpha is None else alpha)
-        for module, tensor in zip((loaded[path].lora_A, loaded[path].lora_B), pair):
-            module.weight.data.copy_(tensor)
+        loaded[path] = LoRALinear(layers[path], rank, rank if alpha is None else alpha)
+        loaded[path].lora_A.weight.data.copy_(pair[0])
+        loaded[path].lora_B.weight.data.copy_(pair[1])
     if tensors:
         raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names")
     for path, layer in loaded.items():
@@ -761,8 +785,7 @@ def load_image_encoder(path, *, variant=None, revision=None, dtype=torch.float32
     weight_files(folder, variant)                                       # our sentence for missing weights
     try:
         net, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=True, local_files_only=True,
-            output_loading_info=True)
+            folder, variant=variant, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:                                          # transformers raises many kinds
         raise ModelError(f"{folder}: cannot be read as a CLIP vision model ({error})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -771,10 +794,21 @@ def load_image_encoder(path, *, variant=None, revision=None, dtype=torch.float32
     return net.to(device).eval()
 
 
+def load_student(path, unet, variant=None):
+    """The distilled network at `path`, for the pipeline of `unet` and in its dtype: a UNet (a folder, a hub
+    id, or one file with diffusers' keys), or a LoRA (folder or file), which is merged into `unet`. variant:
+    of a folder that has it, as its pipeline may."""
+    file, dtype = lora_file(path), unet.conv_in.weight.dtype
+    if not file.is_file():
+        there = any(Path(path).glob(f"**/*.{variant}*.safetensors"))
+        return load_unet(path, variant=variant if there else None, dtype=dtype)
+    if any(".lora" in key for key, _ in read_safetensors([file])):
+        return merge_lora(load_lora(unet, file))
+    return load_weights(unet, [file], file, dtype, unet.conv_in.weight.device)
+
+
 def load_network(cls, folder, variant, dtype, device):
-    """Strict load: each key of the checkpoint must be one of the network's, with its shape, and none may be
-    missing. The network is built without memory and takes over the tensors, which are converted one by one
-    while they are read, so there is never a second copy of the whole."""
+    """The network that config.json describes, built without memory, with the weights beside it."""
     config = read_json(folder / "config.json")
     try:
         config = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -783,18 +817,25 @@ def load_network(cls, folder, variant, dtype, device):
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ZeroDivisionError) as error:
         what = f"not a configuration of SVD's {cls.__name__}"
         raise ModelError(f"{folder}/config.json: {what} ({error})") from error
+    return load_weights(net, weight_files(folder, variant), folder, dtype, device)
+
+
+def load_weights(net, files, where, dtype, device):
+    """Strict load: each key of the files must be one of the network's, with its shape, and none may be
+    missing. The network takes over the tensors, which are converted one by one while they are read, so that
+    there is never a second copy of the whole."""
     expected, tensors = net.state_dict(), {}
-    for key, tensor in read_safetensors(weight_files(folder, variant)):
+    for key, tensor in read_safetensors(files):
         if key not in expected:
-            raise ModelError(f"{folder}: key {key} is not part of the {cls.__name__} in config.json")
+            raise ModelError(f"{where}: key {key} is not part of the {type(net).__name__} in config.json")
         if tensor.shape != expected[key].shape:
-            raise ModelError(f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for "
-                             f"{tuple(expected[key].shape)}")
+            found, right = tuple(tensor.shape), tuple(expected[key].shape)
+            raise ModelError(f"{where}: {key} has shape {found}, config.json asks for {right}")
         tensors[key] = tensor.to(device, dtype, copy=True)         # a copy: the file may change under the map
     missing = [key for key in expected if key not in tensors]
     if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{folder}: key {missing[0]} is missing{more}")
+        more = f", and {len(missing) - 1} more" * (len(missing) > 1)
+        raise ModelError(f"{where}: key {missing[0]} is missing{more}")
     net.load_state_dict(tensors, assign=True)
     return net.eval()
 
@@ -802,49 +843,46 @@ def load_network(cls, folder, variant, dtype, device):
 def find_folder(path, name, variant, revision):
     """The local folder of one network. A path that is not a folder here is taken for a hub id, fetched (the
     named sub-folder alone, into HF_HOME) and kept; with HF_HUB_OFFLINE=1 only what was kept is used."""
-    path = os.fspath(path)
-    local = Path(path)
-    if local.is_dir():
+    path, local = str(path), Path(path)
+    if local.exists():
         for folder in (local / name, local):
             if (folder / "config.json").is_file():
                 return folder
-        raise ModelError(f"{path}: no {name}/config.json and no config.json in this folder; "
-                         "expected the diffusers layout")
-    if local.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        weights = [file for file in (local, *local.glob("*")) if file.suffix in (".safetensors", *PICKLES)]
+        any(False for _ in read_safetensors(weights))               # raises if it knows the layout
+        hint = "expected the diffusers layout" + " (for UNet or LoRA weights: --student)" * local.is_file()
+        raise ModelError(f"{path}: no {name}/config.json and no config.json in it; {hint}")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         raise ModelError(f"{path}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     stem = f"{name}/*model.{variant}" if variant else f"{name}/*model"
-    patterns = [f"{name}/config.json", f"{name}/*.index.*json", f"{stem}.safetensors",
-                f"{stem}-*-of-*.safetensors"]
+    patterns = [f"{name}/config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", "LICENSE*"]
     try:
         root = snapshot_download(path, revision=revision, allow_patterns=patterns)
-    except GatedRepoError as error:
-        raise ModelError(f"{path}: access to this model has to be asked for: accept its licence on its hub "
-                         "page, then log in with `hf auth login` or set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"{path}: neither a folder here nor a model on the hub that you can see; check the "
-                         "name, or log in with `hf auth login` if it is private") from error
     except Exception as error:                                      # offline, proxy, revision, malformed name
-        raise ModelError(f"{path}: no such folder here, and the hub cannot be reached or does not have it "
-                         f"({type(error).__name__}); give a local folder, or go online once") from error
+        hints = {
+            GatedRepoError: "accept its licence on its hub page, log in with `hf auth login` or set HF_TOKEN",
+            RepositoryNotFoundError: "neither a folder here nor a model on the hub that you can see: log in?"}
+        other = ("no such folder here, and the hub cannot be reached or does not have it "
+                 f"({type(error).__name__}); give a local folder, or go online once")
+        raise ModelError(f"{path}: {hints.get(type(error), other)}") from error
     return find_folder(root, name, variant, revision)
 
 
 def weight_files(folder, variant):
     """The .safetensors files of one network: a single one, or all of its shards."""
-    found = {}                                                          # (variant, number of shards) -> files
+    name = r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-(\d+))?\.safetensors"
+    found = {}                                                          # (number of shards, variant) -> files
     for file in sorted(folder.glob("*.safetensors")):
-        match = re.fullmatch(r"(diffusion_pytorch_)?model(\.(\w+))?(-\d+-of-(\d+))?\.safetensors", file.name)
-        if match:
-            found.setdefault((match[3], int(match[5] or 1)), []).append(file)
-    for (kind, count), files in sorted(found.items(), key=lambda item: item[0][1]):
-        if kind == variant:
-            if len(files) < count:
-                raise ModelError(f"{folder}: {len(files)} of {count} weight shards are there: fetch all")
-            return files
-    others = sorted(str(kind) for kind, _ in found if kind)
-    pickles = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern))
+        if match := re.fullmatch(name, file.name):
+            found.setdefault((int(match[2] or 1), match[1]), []).append(file)
+    for count, files in sorted((count, files) for (count, kind), files in found.items() if kind == variant):
+        if len(files) < count:
+            raise ModelError(f"{folder}: {len(files)} of {count} weight shards are there: fetch all")
+        return files
+    others = sorted({kind for _, kind in found if kind})
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     raise ModelError(
         f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
         + f"; there are {', '.join(others)} ones: ask for that variant" * bool(others)
@@ -853,12 +891,17 @@ def weight_files(folder, variant):
 
 def read_safetensors(files, metadata=None):
     """Yields (key, tensor), mapped from disk; updates `metadata` with that of the files."""
-    for file in files:
+    for file in map(Path, files):
+        if file.suffix in PICKLES:
+            raise ModelError(f"{file}: a pickle, which can run code when it is opened: get its .safetensors")
         try:
             with safe_open(file, framework="pt") as tensors:
                 if metadata is not None:
                     metadata.update(tensors.metadata() or {})
                 for key in tensors.keys():
+                    if key.startswith(STABILITY):
+                        raise ModelError(f"{file}: a single file with the keys of Stability's own code, not "
+                                         f"read here; use the diffusers folder instead: {SVD} or {SVD}-xt")
                     yield key, tensors.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error}): fetch it again") from error
@@ -871,61 +914,104 @@ def read_json(file):
         raise ModelError(f"{file}: not a readable JSON file ({error})") from error
 
 
-def save_unet(unet, folder, dtype=None):
-    """Writes config.json and diffusion_pytorch_model.safetensors, which diffusers'
-    UNetSpatioTemporalConditionModel.from_pretrained opens. dtype: convert the weights on the way."""
-    save_network(unet, folder, "UNetSpatioTemporalConditionModel", dtype)
-
-
-def save_vae(vae, folder, dtype=None):
-    """Same as save_unet, for AutoencoderKLTemporalDecoder."""
-    save_network(vae, folder, "AutoencoderKLTemporalDecoder", dtype)
-
-
-def save_network(net, folder, class_name, dtype):
+def save_unet(net, folder, dtype=None, variant=None):
+    """Writes config.json and diffusion_pytorch_model[.variant].safetensors, which diffusers opens with the
+    from_pretrained of the class of that name. dtype: convert the weights on the way."""
     if lora_layers(net):
         raise ModelError("the network has LoRA layers: merge_lora it first, or save_lora the update alone")
     tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in net.state_dict().items()}
-    write_safetensors(Path(folder) / "diffusion_pytorch_model.safetensors", tensors)
-    head = {"_class_name": class_name, "_diffusers_version": "0.24.0.dev0"}
-    write_json(Path(folder) / "config.json", head | net.config)
+    name = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors"
+    write_safetensors(Path(folder) / name, tensors)
+    write_json(Path(folder) / "config.json", {"_class_name": net.class_name, **net.config})
+
+
+save_vae = save_unet
 
 
 def save_configs(folder):
     """What has no weights in a pipeline folder: model_index.json, scheduler/, feature_extractor/."""
-    folder = Path(folder)
-    write_json(folder / "model_index.json", {
-        "_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": "0.24.0.dev0",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"]})
-    write_json(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.24.0.dev0",
-        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-        "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-        "sigma_max": 700.0, "sigma_min": 0.002, "steps_offset": 1, "timestep_spacing": "leading",
-        "timestep_type": "continuous", "trained_betas": None, "use_karras_sigmas": True})
-    write_json(folder / "feature_extractor" / "preprocessor_config.json", {
-        "crop_size": {"height": CLIP_SIZE, "width": CLIP_SIZE}, "do_center_crop": True,
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "CLIPImageProcessor",
-        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": CLIP_SIZE}})
+    shutil.copytree(ASSETS / "pipeline", folder, dirs_exist_ok=True)
+
+
+@contextmanager
+def replacing(file):
+    """A temporary name that becomes `file` at the end: whoever stops half-way leaves the earlier one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_safetensors(file, tensors, metadata=None):
-    """Writes to a temporary name and renames: whoever stops half-way leaves the earlier file as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part,
-              {"format": "pt", **(metadata or {})})
-    os.replace(part, file)
+    with replacing(file) as part:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part,
+                  {"format": "pt", **(metadata or {})})
 
 
 def write_json(file, content):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, file)
+    with replacing(file) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Out to where other people work
+
+
+def export(path, student, folder, *, unmerge=False, variant=None, revision=None, dtype="fp32", name=None):
+    """Writes the pipeline at `path`, with `student` for its UNet (see load_student), to a folder that
+    diffusers opens, and a model card. unmerge: takes that LoRA out instead. dtype: fp32, or fp16 or bf16,
+    which diffusers opens with variant="fp16" or "bf16"; name: of the pipeline on its card."""
+    source = dict(variant=variant, revision=revision)
+    unet, vae, image_encoder = (load(path, **source) for load in (load_unet, load_vae, load_image_encoder))
+    unet = merge_lora(load_lora(unet, student), scale=-1) if unmerge else load_student(student, unet, variant)
+    folder, suffix, dtype = Path(folder), None if dtype == "fp32" else dtype, DTYPES[dtype]
+    save_unet(unet, folder / "unet", dtype, suffix)
+    save_vae(vae, folder / "vae", dtype, suffix)
+    image_encoder.to(dtype).save_pretrained(folder / "image_encoder", variant=suffix)
+    save_configs(folder)
+    for licence in find_folder(path, "unet", **source).parent.glob("LICENSE*"):
+        shutil.copy(licence, folder)
+    base = SVD + "-xt" * (unet.config["num_frames"] > 14) if Path(path).exists() else path
+    card = (ASSETS / "model_card.md").read_text().format(
+        name=name or folder.resolve().name, base=base, size="{}, {}".format(*default_size(unet)),
+        options=f', variant="{suffix}", torch_dtype={dtype}' * bool(suffix))
+    if Path(path).exists() and vae.config["sample_size"] != 768:    # the toy world: nothing of it is SVD's
+        card = re.sub(r"(?m)^(base_model|license).*\n", "", card)
+    with replacing(folder / "README.md") as part:
+        part.write_text(card)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="model.py", allow_abbrev=False, description="Export for diffusers.")
+    parser.error = lambda message: parser.exit(2, f"model.py: {message}\n")
+    flag = parser.add_argument
+    flag("command", choices=("export", "merge", "unmerge"), help="put it in (merge: a LoRA); take a LoRA out")
+    flag("--model", required=True, help="pipeline folder or hub id")
+    flag("--student", required=True, help="UNet (folder, hub id, file) or LoRA (folder, file)")
+    flag("--output_dir", required=True, help="the folder to write")
+    flag("--dtype", choices=DTYPES, default="fp32", help="of the weights written; fp16 as *.fp16.safetensors")
+    flag("--variant", help="weights of --model to read, e.g. fp16")
+    flag("--revision", help="branch, tag or commit of a hub id")
+    flag("--push_to_hub", metavar="OWNER/NAME", help="then upload the folder there")
+    args = parser.parse_args()
+    try:
+        export(args.model, args.student, args.output_dir, unmerge=args.command == "unmerge",
+               variant=args.variant, revision=args.revision, dtype=args.dtype, name=args.push_to_hub)
+    except (ModelError, OSError) as problem:
+        parser.error(str(problem))
+    print(f"wrote {args.output_dir}")
+    if args.push_to_hub:
+        from huggingface_hub import create_repo, upload_folder
+        try:
+            create_repo(args.push_to_hub, exist_ok=True)
+            upload_folder(repo_id=args.push_to_hub, folder_path=args.output_dir,
+                          allow_patterns=["*.json", "*.safetensors", "README.md", "LICENSE*"])
+        except Exception as error:                                  # offline, not logged in, name, quota
+            parser.error(f"{args.push_to_hub}: not uploaded: {error!r}")
+
+
+if __name__ == "__main__":
+    main()
