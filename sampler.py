@@ -3,6 +3,7 @@
     $ python sampler.py --image in.png                                 # the toy world, on any computer
     $ python sampler.py --image in.png --teacher --steps 25            # the teacher, not a one-step student
     $ python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid
+    $ python sampler.py --image in.png --num_videos 8 --gallery seeds.png      # one picture, eight futures
 
     sample              a student: 1 step, k steps, or (tts=True) the Time Travel Sampler
     sample_teacher      the m-step ODE solver with guidance, 25 steps as SVD is used
@@ -14,7 +15,7 @@ a clip, so a seed gives the same video on every device and whatever else is in t
 OSV, arXiv 2409.11367: section 4.3 (Time Travel Sampler); v1 and v2 print it differently, see time_travel.
 """
 import argparse
-import os
+import io
 import sys
 import time
 import warnings
@@ -23,15 +24,15 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
 import model
-from model import ModelError
+from model import SVD, ModelError, default_size, load_student, replacing
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
 
-TOY = Path(__file__).resolve().parent / "assets" / "toy"
-SVD = "stabilityai/stable-video-diffusion-img2vid"
+TOY = model.ASSETS / "toy"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 150_000_000                # of an input image; more is taken for a decompression bomb
 
@@ -173,13 +174,14 @@ def save_video(frames, file, fps):
     """frames [f 3 H W] in [-1, 1] -> .mp4 (H.264, yuv420p), .gif, or .png (contact sheet), by suffix. The
     file appears whole or not at all."""
     from PIL import Image
+    if file.suffix == ".png":
+        return save_sheet(frames[None], file)
     pixels = ((frames + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     pixels = rearrange(pixels, "f c h w -> f h w c").numpy()
-    part = file.with_name(f".{file.name}.part")
-    try:
+    with replacing(file) as part:
         if file.suffix == ".mp4":
             write_mp4(pixels, part, fps)
-        elif file.suffix == ".gif":
+        else:
             images = [Image.fromarray(frame) for frame in pixels]
             palette = Image.fromarray(rearrange(pixels, "f h w c -> (f h) w c")).quantize(256)
             images = [image.quantize(palette=palette) for image in images]
@@ -187,12 +189,15 @@ def save_video(frames, file, fps):
             starts = [round(100 * i / fps) for i in range(len(images) + 1)]
             durations = [10 * (b - a) for a, b in zip(starts, starts[1:])]
             images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-        else:
-            from data import contact_sheet
-            Image.fromarray(contact_sheet(frames[None]).numpy()).save(part, "PNG")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def save_sheet(clips, file):
+    """clips [n f 3 H W] in [-1, 1] -> one .png, a row per clip."""
+    from PIL import Image
+
+    from data import contact_sheet
+    with replacing(file) as part:
+        Image.fromarray(contact_sheet(clips).numpy()).save(part, "PNG")
 
 
 def write_mp4(pixels, file, fps):
@@ -227,13 +232,17 @@ def parse_args(argv=None):
         group.add_argument(name, help=help + shown, **settings)
 
     group = parser.add_argument_group("what")
-    flag("--image", nargs="+", required=True, metavar="IN", help="picture, several, or a folder of them")
+    flag("--image", nargs="+", required=True, metavar="IN",
+         help="picture, several, a folder of them, or - for one from stdin")
     flag("--out", type=Path, default=Path("out.mp4"),
-         help=".mp4, .gif or .png (contact sheet); with several pictures, the name of each is added")
+         help=".mp4, .gif or .png (contact sheet); of several, picture and seed are in the name")
+    flag("--num_videos", type=int, metavar="N", default=1, help="of each picture, with seeds of their own")
+    flag("--gallery", type=Path, metavar="PNG", help="also one contact sheet of all videos, a row each")
+    flag("--save_latents", action="store_true", help="also the video's latents, beside it as .safetensors")
     flag("--num_frames", type=int, metavar="N",
          help="length of the video (default: what the model was trained for)")
     flag("--width", type=int, metavar="N", help="pixels (default: 1024 for SVD, 128 in the toy world)")
-    flag("--height", type=int, metavar="N", help="pixels (default: 576 for SVD, 128 in the toy world)")
+    flag("--height", type=int, metavar="N", help="the same (default: 576, 128); both become multiples of 64")
     flag("--fps", type=int, metavar="N", default=7, help="frames per second")
     flag("--motion_bucket_id", type=int, metavar="N", default=127, help="amount of motion, 1 to 255")
     flag("--noise_aug_strength", type=float, metavar="X", default=0.02,
@@ -241,10 +250,10 @@ def parse_args(argv=None):
     flag("--seed", type=int, metavar="N", default=0, help="of the first video; the next ones count on")
     group = parser.add_argument_group("with which model")
     flag("--model", default="toy", help=f"toy, a folder in the diffusers layout, or a hub id such as {SVD}")
-    flag("--variant", help="weights to read from it, e.g. fp16 for *.fp16.safetensors")
+    flag("--variant", help="weights to read, e.g. fp16 for *.fp16.safetensors")
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--student", metavar="PATH",
-         help="distilled UNet (folder) or LoRA (folder, file) to use instead of its UNet")
+         help="distilled UNet (folder, hub id, file) or LoRA (folder, file) for its UNet")
     flag("--teacher", action="store_true", help="the model's own UNet, even if there is a student")
     group = parser.add_argument_group("how")
     flag("--steps", type=int, metavar="N", help="solver steps (default: 1 for a student, 25 for a teacher)")
@@ -264,8 +273,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     for name, low, high in (
-            ("num_frames", 1, 1000), ("width", 64, 8192), ("height", 64, 8192), ("fps", 1, 60),
-            ("motion_bucket_id", 0, 255), ("noise_aug_strength", 0, 10), ("steps", 1, 1000),
+            ("num_frames", 1, 1000), ("num_videos", 1, 1000), ("width", 64, 8192), ("height", 64, 8192),
+            ("fps", 1, 60), ("motion_bucket_id", 0, 255), ("noise_aug_strength", 0, 10), ("steps", 1, 1000),
             ("decode_chunk_size", 1, 1000), ("seed", 0, 2 ** 63),
             ("min_guidance_scale", 0, 100), ("max_guidance_scale", 0, 100)):
         value = getattr(args, name)
@@ -273,8 +282,11 @@ def parse_args(argv=None):
             fail(f"--{name} {value}: not between {low} and {high}")
     if args.out.suffix not in (".mp4", ".gif", ".png"):
         fail(f"--out {args.out}: the name must end in .mp4, .gif or .png")
-    if not args.out.parent.is_dir():
-        fail(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.gallery and args.gallery.suffix != ".png":
+        fail(f"--gallery {args.gallery}: the name must end in .png")
+    for name, file in (("out", args.out), ("gallery", args.gallery or args.out)):
+        if not file.parent.is_dir():
+            fail(f"--{name} {file}: there is no folder {file.parent}")
     if args.teacher and (args.student or args.tts):
         other = "--student" if args.student else "--tts"
         fail(f"--teacher does not go with {other}: that is for distilled UNets")
@@ -292,7 +304,10 @@ def fail(message):
 def find_images(paths):
     """[(name for the output, path)] of pictures and folders of pictures, in the order given."""
     files = []
-    for path in map(Path, paths):
+    for path in paths:
+        if "://" in path:
+            fail(f"--image {path}: a URL; download it and give the file, or pipe it into --image -")
+        path = Path(path)
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
@@ -317,17 +332,7 @@ def pick_device(args):
         fail(f"--device {device}: {error}")
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = args.dtype or ("bf16" if has_bf16 else "fp32")
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-
-
-def load_student(path, unet):
-    """The distilled network: a UNet folder, or a LoRA folder or file merged into `unet`."""
-    path = Path(path)
-    if (path / "config.json").is_file() or (path / "unet").is_dir():
-        return model.load_unet(path, dtype=unet.conv_in.weight.dtype)
-    if path.is_file() or (path / model.LORA_FILE).is_file():
-        return model.merge_lora(model.load_lora(unet, path))
-    raise ModelError(f"{path}: no such UNet folder, nor a LoRA folder or file")
+    return device, model.DTYPES[dtype]
 
 
 @contextmanager
@@ -359,7 +364,8 @@ def main():
     images = []                                                       # all are read before anything is loaded
     for name, file in find_images(args.image):
         try:
-            images.append((name, file, load_image(file)))
+            source = io.BytesIO(sys.stdin.buffer.read()) if str(file) == "-" else file
+            images.append((name, file, load_image(source)))
         except (OSError, ValueError) as error:
             fail(f"--image {file}: {error}")
     device, dtype = pick_device(args)
@@ -380,11 +386,10 @@ def main():
     image_encoder = model.load_image_encoder(root, dtype=dtype, **source)
     unet = model.load_unet(root, dtype=dtype, **source)
     if student:
-        unet = load_student(student, unet)
+        unet = load_student(student, unet, args.variant)
 
     num_frames = args.num_frames or unet.config["num_frames"]
-    side = 8 * unet.config["sample_size"]
-    default = (1024, 576) if side == 768 else (side, side)         # SVD's config has 768; it was trained wide
+    default = default_size(unet)
     stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
     asked = args.width or default[0], args.height or default[1]
     width, height = (max(stride, round(v / stride) * stride) for v in asked)
@@ -402,13 +407,15 @@ def main():
         sigmas = karras_sigmas(steps)
         evaluations, how = steps * (2 if guidance else 1), f"{steps}-step teacher"
 
-    for i, (name, file, image) in enumerate(images):
-        pixels, kept = fit_image(image, width, height)
-        if min(kept) < 0.99:
+    gallery = []                                                                # of f 3 h w
+    for i, (name, file, image) in enumerate(image for image in images for _ in range(args.num_videos)):
+        seed, (pixels, kept) = args.seed + i, fit_image(image, width, height)
+        if min(kept) < 0.99 and i % args.num_videos == 0:
             print(f"{file}: cut to {kept[0]:.0%} of its width and {kept[1]:.0%} of its height, "
                   f"for {width}x{height}", file=sys.stderr)
-        out = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}_{name}")
-        generator = torch.Generator().manual_seed(args.seed + i)
+        tail = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
+        out = args.out.with_stem(args.out.stem + tail)
+        generator = torch.Generator().manual_seed(seed)
         pixels = pixels[None].to(device)                                        # 1 3 H W
         noise = draw_noise(pixels.shape, generator, device)
         with (torch.no_grad(), on_device(vae, device, args.offload),
@@ -426,10 +433,18 @@ def main():
         if not frames.isfinite().all():
             fail(f"{file}: the networks returned NaN or infinity in {dtype}; try --dtype fp32")
         save_video(frames[0], out, args.fps)
+        if args.save_latents:
+            model.write_safetensors(out.with_suffix(".safetensors"), {"latents": x0[0]})
+        if args.gallery:
+            scale = min(1, 256 / width)
+            gallery.append(F.interpolate(frames[0], scale_factor=scale, mode="area").cpu())
         print(f"wrote {out}: {num_frames} frames of {width}x{height} at {args.fps} fps, "
-              f"seed {args.seed + i}, {how}, {evaluations} network evaluations, "
+              f"seed {seed}, {how}, {evaluations} network evaluations, "
               f"{time.perf_counter() - start:.1f} s, {peak_memory(device)}")
         start = time.perf_counter()
+    if args.gallery:
+        save_sheet(torch.stack(gallery), args.gallery)
+        print(f"wrote {args.gallery}: {len(gallery)} videos, a row each")
 
 
 def cli():
