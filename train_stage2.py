@@ -322,6 +322,8 @@ elif world.rank == 0:
     model.write_safetensors(args.output_dir / "student.safetensors", theta.tensors())
     model.write_safetensors(args.output_dir / "disc.safetensors", {**psi, **psi_buffers})
     merged = args.output_dir / "merged"
+    if args.train == "lora":
+        model.save_lora(net, args.output_dir)                   # the update alone, for diffusers and PEFT
     model.save_unet(model.merge_lora(net), merged, torch.float16)
     print(f"wrote {merged}: python sampler.py --image assets/input.png --student {merged}")
 engine.end_world(world)
