@@ -69,6 +69,7 @@ for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (frames, for vae) per step")
     flag(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
 flag("--num_clips", type=int, default=40000, help="clips that unet is trained on, rendered and encoded once")
+flag("--unet_init", help="unet: go on from the weights of this pipeline folder instead of random ones")
 flag("--ema_decay", type=float, default=0.999, help="of the weight average, which is what gets saved")
 flag("--log_every", type=int, default=50, help="steps between log lines")
 flag("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
@@ -318,6 +319,8 @@ if wanted("unet"):
         num_attention_heads=[c // 32 for c in args.unet_channels], addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96, num_frames=args.num_frames,
         sample_size=args.size // 8).to(device)
+    if args.unet_init:
+        unet.load_state_dict(model.load_unet(args.unet_init).state_dict())
 
     latents = data.toy_latents(
         vae, image_encoder, args.seed, args.num_clips, args.num_frames, args.size, device)
