@@ -5,6 +5,7 @@
     fail, positive                      one line and exit status 2; the type of flags that count
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
+    swapped, update_ema                 one network in three roles, one of them an average
     finite_step                         all-reduce, clip, step; refuses what is not finite
     collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
@@ -172,6 +173,12 @@ def swapped(copies, tensors):
     finally:
         for name, p in copies.items():
             p.data = own[name]
+
+
+@torch.no_grad()
+def update_ema(ema, weights, decay):
+    """ema <- decay ema + (1 - decay) weights, in place; both {name: tensor}, fp32."""
+    torch._foreach_lerp_(list(ema.values()), [weights[name] for name in ema], 1 - decay)
 
 
 def finite_step(optimizer, parameters, max_norm):

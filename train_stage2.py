@@ -288,7 +288,7 @@ while step < args.max_train_steps:
     theta.pull()
     norm, good = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
     theta.push()
-    torch._foreach_lerp_(list(ema.values()), list(theta.tensors().values()), 1 - args.ema_decay)
+    engine.update_ema(ema, theta.tensors(), args.ema_decay)
 
     # ---- what follows is a pure function of the step: skipped steps, one log line, samples, checkpoint
     step += 1
