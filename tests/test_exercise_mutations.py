@@ -1,0 +1,220 @@
+"""Do the graders bite? Each stub must fail, have the library's signature, and stay short; each mutant must
+fail: a plausible wrong answer, made from the library's own source by changing a few characters. Where the
+library has changed and no longer has a mutant's text, the test says so: give it the new text."""
+import inspect
+import re
+import textwrap
+
+import pytest
+import test_exercises as graders
+import torch
+import torch.nn.functional as F
+
+plug = graders.plug
+LIBRARY = plug.library()
+STUBS = plug.answers(plug.ROOT / "exercises")
+
+# name, text in the library's source, what a mutant has in its place; what that means
+MUTANTS = [
+    ("karras_sigmas", "linspace(0, 1, n,", "linspace(0, 1, n + 1,", "one level too many"),
+    ("karras_sigmas", "hi + ramp * (lo - hi)", "lo + ramp * (hi - lo)", "ascending"),
+    ("karras_sigmas", "torch.cat([sigmas, sigmas.new_zeros(1)])", "sigmas", "no trailing 0"),
+    ("karras_sigmas", "(hi + ramp * (lo - hi)) ** rho", "sigma_max + ramp * (sigma_min - sigma_max)",
+     "even in sigma"),
+    ("karras_sigmas", "linspace(0, 1, n,", "linspace(0, 1 - 1 / n, n,", "sigma_min is never reached"),
+    ("precondition", "-sigma * square.rsqrt()", "sigma * square.rsqrt()", "sign of c_out"),
+    ("precondition", "square.rsqrt(), sigma.clamp", "1 / square, sigma.clamp", "c_in without the root"),
+    ("precondition", "log() / 4", "log() * 4", "c_noise times 4"),
+    ("precondition", "Precondition(1 / square", "Precondition(square.rsqrt()", "c_skip with a root"),
+    ("precondition", ", dtype=torch.float32)", ")", "in the precision of sigma"),
+    ("precondition", ".clamp(min=1e-20)", "", "ln 0"),
+    ("consistency", "[c_in * x_t, cond.image_latents.float()]", "[cond.image_latents.float(), c_in * x_t]",
+     "order"),
+    ("consistency", "c_in * x_t, cond", "x_t, cond", "input not scaled"),
+    ("consistency", "cond.image_latents.float()]", "c_in * cond.image_latents.float()]", "condition scaled"),
+    ("consistency", "c_noise.flatten()", "torch.as_tensor(sigma).expand(len(x_t))",
+     "sigma in place of c_noise"),
+    ("consistency", "c_skip * x_t + c_out * F_x", "c_skip * c_in * x_t + c_out * F_x",
+     "c_skip on the scaled input"),
+    ("consistency", "c_skip * x_t + c_out * F_x", "F_x", "no boundary"),
+    ("euler_step", "per_clip(sigma_s, x_t) / per_clip(sigma_t, x_t)",
+     "per_clip(sigma_t, x_t) / per_clip(sigma_s, x_t)",
+     "swapped sigmas"),
+    ("euler_step", "denoised + per_clip", "denoised - per_clip", "sign"),
+    ("euler_step", "denoised + per_clip", "x_t + per_clip", "from the wrong end"),
+    ("euler_step", "* (x_t - denoised)", "* x_t", "noise and estimate confused"),
+    ("guided", "zip(unconditional(cond), cond)", "zip(cond, unconditional(cond))",
+     "condition where none should be"),
+    ("guided", "denoised_uncond + guidance", "denoised_cond + guidance", "w off by one"),
+    ("guided", "zip(unconditional(cond), cond)",
+     "zip(cond._replace(image_embeds=cond.image_embeds * 0), cond)",
+     "the uncondition keeps its latents"),
+    ("guided", "if guidance is None", "if True", "guidance ignored"),
+    ("solve", "range(len(sigmas) - 1)", "range(len(sigmas) - 2)", "one step too few"),
+    ("solve", "per_clip(sigmas[i], x_t)", "per_clip(sigmas[0], x_t)", "never leaves the first level"),
+    ("solve", "sigma_t.flatten(), cond, guidance)", "sigma_t.flatten(), cond)", "guidance forgotten"),
+    ("solve", "sigma_t > 0", "sigma_t >= 0", "0 / 0 in the padding"),
+    ("solve", "@torch.no_grad()", "", "a graph through the teacher"),
+    ("solve", "    return x_t", "    return denoised", "the estimate, not the point"),
+    ("pseudo_huber", ".sqrt() - c", ".sqrt()", "c not taken away"),
+    ("pseudo_huber", "square + c * c", "square + c", "c not squared"),
+    ("pseudo_huber", "return distance.mean()", "return distance.sum()", "sum"),
+    ("pseudo_huber", "if weight is not None", "if False", "weight ignored"),
+    ("pseudo_huber", "x.float() - y.float()", "x - y", "in bf16"),
+    ("pseudo_huber", "square.flatten(1).sum(dim=1)", "square.flatten(1).mean(dim=1)", "RMS for a norm"),
+    ("consistency_weight", "sigma_t.float() - sigma_s.float()", "sigma_s.float() - sigma_t.float()",
+     "swapped sigmas"),
+    ("consistency_weight", "pow(-exponent)", "pow(exponent)", "upside down"),
+    ("consistency_weight", ".pow(-exponent)", ".reciprocal()", "exponent ignored"),
+    ("hinge_d", "(1 - logits_real", "(1 + logits_real", "sign of real"),
+    ("hinge_d", "(1 + logits_fake.float())", "(1 + logits_fake.detach().float())", "fakes detached"),
+    ("hinge_d", "(1 - logits_real.float()).relu()", "(1 - logits_real.float())", "no margin"),
+    ("hinge_d", "(1 + logits_fake", "(0 + logits_fake", "margin 0"),
+    ("hinge_d", ".relu().mean() + (1", ".relu().mean() / 2 + (1", "half of one side"),
+    ("hinge_g", "(1 - logits_fake)", "(1 + logits_fake)", "sign"),
+    ("hinge_g", "-logits_fake.mean() if", "logits_fake.mean() if", "sign of the linear form"),
+    ("hinge_g", "logits_fake.float()", "logits_fake", "in bf16"),
+    ("LoRALinear", "self.weight.float() + delta", "self.weight.float() + delta * self.rank / self.alpha",
+     "no scale merged"),
+    ("LoRALinear", "self.alpha / self.rank * delta", "self.alpha * delta", "alpha without rank"),
+    ("LoRALinear", "nn.init.zeros_(self.lora_B.weight)", "nn.init.normal_(self.lora_B.weight)",
+     "starts elsewhere"),
+    ("LoRALinear", "nn.init.normal_(self.lora_A.weight, std=1 / rank)", "nn.init.zeros_(self.lora_A.weight)",
+     "0 x 0"),
+    ("LoRALinear", "if not self.active", "if False", "active ignored"),
+    ("LoRALinear", "linear.bias = self.bias", "linear.bias = None", "bias lost in merging"),
+    ("LoRALinear",
+     "linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=\"meta\")",
+     "linear = self", "merged in place"),
+    ("update_ema", "1 - decay", "decay", "decay for 1 - decay"),
+    ("update_ema", "[weights[name] for name in ema]", "list(weights.values())", "by order, not by name"),
+    ("update_ema", "torch._foreach_lerp_", "torch._foreach_lerp", "not in place"),
+    ("update_ema", "@torch.no_grad()", "", "a graph behind the average"),
+    ("DinoFeatures", "b f c h w -> (b f) c h w", "b f c h w -> (f b) c h w", "transposed frames and clips"),
+    ("DinoFeatures", '"n (h w) d -> n d h w", h=height', '"n (w h) d -> n d h w", h=height',
+     "transposed patches"),
+    ("DinoFeatures", "tokens[i][:, 1:] +", "tokens[i][:, :-1] +", "CLS taken for a patch"),
+    ("DinoFeatures", " + tokens[i][:, :1]", "", "CLS forgotten"),
+    ("DinoFeatures", "[2 * v - 1 for v in IMAGENET_MEAN], [2 * v for v in IMAGENET_STD]",
+     "IMAGENET_MEAN, IMAGENET_STD",
+     "the statistics of [0, 1] for [-1, 1]"),
+    ("TemporalHead", '"(b f) c h w -> (b h w) c f"', '"(f b) c h w -> (b h w) c f"',
+     "transposed frames and clips"),
+    ("TemporalHead", '"(b h w) 1 f -> b (f h w)"', '"(b w h) 1 f -> b (f h w)"', "transposed places"),
+    ("TemporalHead", '"(b h w) 1 f -> b (f h w)"', '"(b h w) 1 f -> b (h w f)"', "order of logits"),
+    ("sample", "x0_pred + sigmas[i + 1] *", "x0_pred + 0 *", "re-noising forgotten"),
+    ("sample", "sigmas[i + 1] * draw_noise(shape, generator, device)",
+     "sigmas[i + 1] * (x_t - x0_pred) / sigmas[i]",
+     "the same noise again"),
+    ("sample", "sigmas[i + 1] * draw", "sigmas[i] * draw", "re-noised to the level it came from"),
+    ("sample", "x_t, sigmas[i], cond", "x_t, sigmas[0], cond", "always told the first level"),
+    ("sample", "return x0_pred", "return x_t", "the noisy end"),
+    ("sample", "cond, sigmas[0], sigmas[1], generator", "cond, sigmas[1], sigmas[0], generator",
+     "travels backwards"),
+    ("time_travel", "(fresh + (x_t - x0_pred) / sigma_t) / 2", "fresh", "plain two-step sampling"),
+    ("time_travel", "(x_t - x0_pred) / sigma_t) / 2", "(x_t - x0_pred) / sigma_t)", "not halved"),
+    ("time_travel", "(x_t - x0_pred) / sigma_t) / 2", "(x_t - x0_pred) / sigma_s) / 2", "swapped sigmas"),
+    ("time_travel", "consistency(net, x_s, sigma_s, cond)", "consistency(net, x_s, sigma_t, cond)",
+     "told the old level"),
+]
+
+
+def mutant(name, text, other):
+    own = LIBRARY[name]
+    source = textwrap.dedent(inspect.getsource(own))
+    # Only code counts: a docstring may well say the same.
+    docstring = (own.__doc__ or "").strip()
+    head, tail = source.split(docstring, 1) if docstring else ("", source)
+    if head.count(text) + tail.count(text) == 0:
+        pytest.fail(f"{name} has no {text!r} any more: give this mutant the new text", pytrace=False)
+    scope = dict(vars(inspect.getmodule(own)))
+    exec(head.replace(text, other) + docstring + tail.replace(text, other), scope)
+    return scope[name]
+
+
+def wrong_backward(grad, size, std, mode="bilinear", align_corners=None, flip=(), scale=torch.reciprocal):
+    """Autograd through another resize than the one asked for."""
+    with torch.enable_grad():
+        x = torch.zeros(len(grad), 3, *size, requires_grad=True)
+        out = F.interpolate(x, grad.shape[2:], mode=mode, align_corners=align_corners)
+        grad_x = torch.autograd.grad(out, x, grad.flip(flip).contiguous())[0]
+    return grad_x * scale(torch.tensor(std).view(3, 1, 1))
+
+
+WRONG_BACKWARDS = {
+    "not divided by std": dict(scale=torch.ones_like), "times std": dict(scale=torch.clone),
+    "aligned corners": dict(align_corners=True), "nearest": dict(mode="nearest"),
+    "columns reversed": dict(flip=(3,)),
+}
+
+
+def graders_of(name):
+    """The graders that have `name` as an argument."""
+    return [test for key, test in vars(graders).items()
+            if key.startswith("test_ex") and name in inspect.signature(test).parameters]
+
+
+def verdicts(name, answer):
+    """What the graders say about an answer: an exception or None each."""
+    found = []
+    for test in graders_of(name):
+        torch.manual_seed(0)
+        try:
+            test(**{key: LIBRARY[key] for key in inspect.signature(test).parameters} | {name: answer})
+            found.append(None)
+        except (Exception, pytest.fail.Exception) as error:
+            found.append(error)
+    return found
+
+
+def bites(name, answer):
+    """Does a grader say what is wrong? A crash is no verdict."""
+    return any(isinstance(verdict, pytest.fail.Exception) for verdict in verdicts(name, answer))
+
+
+@pytest.mark.parametrize("name, text, other", [pytest.param(*m[:3], id=f"{m[0]}: {m[3]}") for m in MUTANTS])
+def test_wrong_answers_fail(name, text, other):
+    assert bites(name, mutant(name, text, other)), "this wrong answer passes"
+
+
+@pytest.mark.parametrize("name", ["upsample_backward", "upsample_backward_triton"])
+@pytest.mark.parametrize("wrong", WRONG_BACKWARDS)
+def test_wrong_backwards_fail(name, wrong):
+    answer = lambda grad, size, std: wrong_backward(grad, size, std, **WRONG_BACKWARDS[wrong])
+    assert bites(name, answer), "this wrong answer passes"
+
+
+def test_right_answers_made_in_the_same_way_pass():
+    for name in {m[0] for m in MUTANTS}:
+        assert not any(verdicts(name, mutant(name, "def ", "def "))), name
+    assert not any(verdicts("upsample_backward", wrong_backward))
+
+
+def test_each_exercise_has_three_mutants():
+    for file, (_, *names) in plug.EXERCISES.items():
+        assert sum(m[0] in names for m in MUTANTS) + 5 * (file == "ex11_gather") >= 3, file
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_stubs_fail_each_of_their_tests(name):
+    assert graders_of(name)
+    for verdict in verdicts(name, STUBS[name]):
+        assert isinstance(verdict, NotImplementedError), verdict
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_stubs_have_the_signatures_of_the_library(name):
+    stub, own = STUBS[name], LIBRARY[name]
+    pairs = [(stub, own)]
+    if inspect.isclass(stub):
+        pairs = [(value, getattr(own, key)) for key, value in vars(stub).items() if inspect.isfunction(value)]
+    for mine, theirs in pairs:
+        assert str(inspect.signature(mine)) == str(inspect.signature(theirs))
+
+
+@pytest.mark.parametrize("file", plug.EXERCISES)
+def test_stubs_are_short_and_say_what_to_expect(file):
+    text = (plug.ROOT / "exercises" / f"{file}.py").read_text()
+    home = plug.EXERCISES[file][0].__name__.replace("plug", "discriminator")
+    assert len(text.splitlines()) <= 25
+    assert re.search(r"difficulty [1-5] of 5, \d+ minutes, .*lines", text) and f"Mirrors {home}.py" in text
