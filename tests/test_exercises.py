@@ -425,11 +425,11 @@ def test_ex07_discriminator_slopes(hinge_d):
 
 
 def test_ex07_generator(hinge_g):
-    fake = torch.tensor([-1.0, 0.0, 3.0, 1.0], requires_grad=True)
-    expect("hinge_g of logits [-1, 0, 3, 1]", hinge_g(fake), 0.75, "it wants fakes to be taken for real")
+    fake = torch.tensor([-1.0, 0.0, 3.0, 2.0], requires_grad=True)
+    expect("hinge_g of logits [-1, 0, 3, 2]", hinge_g(fake), 0.75, "it wants fakes to be taken for real")
     hinge_g(fake).backward()
     expect("its slope", fake.grad, [-0.25, -0.25, 0, 0], "no reward where D already believes; no detach")
-    expect("hinge_g(linear=True)", hinge_g(fake, linear=True), -0.75, "minus the mean, no margin")
+    expect("hinge_g(linear=True)", hinge_g(fake, linear=True), -1.0, "minus the mean, no margin")
 
 
 def test_ex07_precision(hinge_d, hinge_g):

@@ -1,0 +1,144 @@
+"""The capstone: your functions train a one-step video model. Toy world, CPU, under 20 minutes.
+
+    $ python exercises/capstone.py
+    $ python exercises/capstone.py --stage1_steps 2 --stage2_steps 2 --num_clips 8      # to see it run
+
+It grades the exercises, puts those that pass in the library's place, runs train_stage1.py and train_stage2.py
+as they are, and measures each stage's one-step videos: toy-FVD (lower is better) on clips nobody trained on.
+Writes capstone.png (rows: real, and each line of the table) and what the stages write.
+"""
+import argparse
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import grade
+import plug
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import model
+import sampler
+import solver
+
+HERE = Path(__file__).resolve().parent
+REFERENCE = HERE / "reference.json"
+FLAGS = ("--preset toy_cpu --device cpu --mixed_precision no --num_clips 64 --resume_from_checkpoint none "
+         "--validation_steps 1000000 --checkpointing_steps 1000000 --log_steps 5").split()
+
+parser = argparse.ArgumentParser(description="Train with your own functions.", allow_abbrev=False,
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.error = lambda message: sys.exit(print(f"capstone.py: {message}", file=sys.stderr) or 2)
+flag = parser.add_argument
+flag("--answers", type=Path, default=HERE, help="folder of ex*.py")
+flag("--stage1_steps", type=int, default=60, help="training steps of stage 1")
+flag("--stage2_steps", type=int, default=30, help="training steps of stage 2")
+flag("--num_clips", type=int, default=32, help="held-out clips that toy-FVD is measured on")
+flag("--model", type=Path, default=sampler.TOY, help="pipeline folder of the toy world")
+flag("--output_dir", type=Path, default="out/capstone", help="everything is written here")
+flag("--reference", action="store_true",
+     help=f"for instructors: the library's own functions; writes exercises/{REFERENCE.name}")
+args = parser.parse_args()
+start, seconds = time.perf_counter(), {}
+
+# ---- whose functions ------------------------------------------------------------------------------------
+
+passed = [] if args.reference else [
+    name for name, (good, tests, _) in grade.grade(args.answers).items() if good == tests]
+answers = {} if args.reference else plug.answers(args.answers)
+plug.plug({name: answers[name] for file in passed for name in plug.EXERCISES[file][1:]})
+for file, (_, *names) in plug.EXERCISES.items():
+    print(f"{'yours' if file in passed else 'the library':12} {', '.join(names)}")
+
+# ---- what to measure with -------------------------------------------------------------------------------
+
+try:
+    vae, image_encoder = model.load_vae(args.model), model.load_image_encoder(args.model)
+    teacher, detector = model.load_unet(args.model), evaluate.load_detector(args.model / "i3d")
+except (model.ModelError, OSError) as problem:
+    parser.error(f"{problem}; make the toy networks with `python train_toy.py`")
+num_frames, size = teacher.config["num_frames"], 8 * teacher.config["sample_size"]
+numbers = torch.arange(args.num_clips)
+encode, encoded = data.toy_latents, {}
+
+
+def encode_once(vae, image_encoder, seed, num_clips, *shape):
+    """Both stages train on the same clips. A few clips at a time: a laptop has little memory."""
+    if (seed, num_clips) not in encoded:
+        encoded[seed, num_clips] = encode(vae, image_encoder, seed, num_clips, *shape, batch_size=4)
+    return encoded[seed, num_clips]
+
+
+data.toy_latents = encode_once
+held_out = encode_once(vae, image_encoder, data.HELD_OUT, args.num_clips, num_frames, size)
+real = data.toy_clips(data.HELD_OUT, numbers, num_frames, size).frames
+real_features = evaluate.video_features(detector, real)
+sigmas = solver.karras_sigmas(solver.NUM_SIGMAS)
+rows, sheet = [], [real[:1]]
+
+
+def compare(name, frames):
+    fvd = evaluate.frechet_distance(real_features, evaluate.video_features(detector, frames))
+    sheet.append(frames[:1])
+    rows.append((name, fvd))
+    print(f"{name:40} toy-FVD {fvd:8.2f}", flush=True)
+
+
+def measure(name, net, k=1, tts=False, draw=sampler.sample):
+    frames = []
+    for part in numbers.split(8):
+        generators = [torch.Generator().manual_seed(int(i)) for i in part]
+        cond = held_out.take(part)[1]
+        x0 = draw(net, cond, solver.strided(sigmas, k), generators, tts)
+        frames.append(sampler.decode(vae, x0))
+    compare(name, torch.cat(frames))
+
+
+def train(script, steps, *flags):
+    """The repository's script, in this process, so that it imports what was plugged."""
+    folder, began = args.output_dir / Path(script).stem.removeprefix("train_"), time.perf_counter()
+    sys.argv = [script, *FLAGS, "--model", str(args.model), "--max_train_steps", str(steps),
+                "--output_dir", str(folder), *flags]
+    runpy.run_path(str(plug.ROOT / script), run_name="__main__")
+    seconds[script] = time.perf_counter() - began
+    return folder
+
+
+# ---- before, between, after -----------------------------------------------------------------------------
+
+other = data.toy_clips(data.HELD_OUT, numbers, num_frames, size, motion_seed=data.HELD_OUT + 1).frames
+compare("real, the same pictures' other futures", other)
+measure("before: the teacher in one step", teacher)
+stage1 = train("train_stage1.py", args.stage1_steps, "--learning_rate", "5e-4", "--lr_d", "5e-4")
+measure("after stage 1, one step", model.load_unet(stage1 / "merged"))
+stage2 = train("train_stage2.py", args.stage2_steps, "--stage1", str(stage1), "--learning_rate", "2e-4",
+               "--lr_d", "5e-4")
+student = model.load_unet(stage2 / "merged")
+measure("after stage 2, one step", student)
+measure("after stage 2, Time Travel Sampler", student, 2, True)
+if args.reference:
+    teach = lambda net, cond, *_: sampler.sample_teacher(
+        net, cond, solver.karras_sigmas(25), [torch.Generator().manual_seed(i) for i in range(len(cond[0]))])
+    measure("the teacher in 25 steps", teacher, draw=teach)
+
+# ---- beside the reference -------------------------------------------------------------------------------
+
+settings = {name: getattr(args, name) for name in ("num_clips", "stage1_steps", "stage2_steps")}
+found = {"date": time.strftime("%Y-%m-%d"), "settings": settings, "yours": passed, "toy_fvd": dict(rows)}
+model.write_json(args.output_dir / "capstone.json", found)
+if args.reference:
+    model.write_json(REFERENCE, found)
+reference = model.read_json(REFERENCE) if REFERENCE.exists() else {"settings": None, "toy_fvd": {}}
+Image.fromarray(data.contact_sheet(torch.cat(sheet)).numpy()).save(args.output_dir / "capstone.png")
+print(f"\n{'toy-FVD':40}{'here':>10}{'reference':>12}")
+for name, value in rows + [(name, None) for name in reference["toy_fvd"] if name not in dict(rows)]:
+    shown = ["-" if x is None else f"{x:.2f}" for x in (value, reference["toy_fvd"].get(name))]
+    print(f"{name:40}{shown[0]:>10}{shown[1]:>12}")
+if reference["settings"] not in (None, settings):
+    print(f"the reference was measured with {json.dumps(reference['settings'])}: it does not compare")
+print(f"{time.perf_counter() - start:.0f} s ({', '.join(f'{s} {t:.0f} s' for s, t in seconds.items())}); "
+      f"look at {args.output_dir / 'capstone.png'}")
