@@ -28,11 +28,12 @@ def grade(folder, timeout=300):
         report = Path(scratch) / "report.xml"
         try:
             command = [sys.executable, "-m", "pytest", "tests/test_exercises.py", f"--junitxml={report}"]
-            subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, capture_output=True)
+            run = subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         except subprocess.TimeoutExpired:
             return {name: (0, 1, f"the whole took more than {timeout} s") for name in POINTS}
         if not report.exists():
-            return {name: (0, 1, "the tests crashed: run pytest to see how") for name in POINTS}
+            return {name: (0, 1, f"the tests do not run:\n{run.stdout[-1000:]}") for name in POINTS}
         cases = list(ElementTree.parse(report).iter("testcase"))
     result = {}
     for name in POINTS:
@@ -55,7 +56,7 @@ def show(folder):
     left = [(name, complaint) for name, (passed, tests, complaint) in result.items() if passed < tests]
     if left:
         name, complaint = left[0]
-        print(f"\nnext, exercises/{name}.py: {complaint or 'not yet written'}")
+        print(f"\nnext, {name}.py: {'to be written' if 'NotImplementedError' in complaint else complaint}")
         where = os.path.relpath(folder, ROOT)
         print(f"OSV_IMPL={where} python -m pytest tests/test_exercises.py -x -k {name[:4]}")
     else:
@@ -83,7 +84,8 @@ def main():
             result = grade(folder)
             shares = [f"{passed}/{tests}" for passed, tests, _ in result.values()]
             rows.writerow([folder.name, *shares, f"{points(result):.1f}", sum(POINTS.values())])
-            print(f"{folder.name:30}{points(result):5.1f}", flush=True)
+            trouble = {text for _, _, text in result.values() if text.startswith("the ")}
+            print(f"{folder.name:30}{points(result):5.1f}", *trouble, flush=True)
 
 
 if __name__ == "__main__":

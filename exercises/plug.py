@@ -75,7 +75,7 @@ def answers(folder):
                 found[name] = getattr(module, name)
                 if found[name].__module__ != spec.name:
                     raise ImportError(f"{path.name}: {name} is imported, not written")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found |= {name: broken(error) for name in names}
     return found
 
