@@ -1,14 +1,23 @@
 """Do the graders bite? Each stub must fail, have the library's signature, and stay short; each mutant must
 fail: a plausible wrong answer, made from the library's own source by changing a few characters. Where the
 library has changed and no longer has a mutant's text, the test says so: give it the new text."""
+import csv
 import inspect
+import json
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 
 import pytest
 import test_exercises as graders
 import torch
 import torch.nn.functional as F
+from conftest import randomize, small_image_encoder, unet_config, vae_config
+
+import evaluate
+import model
 
 plug = graders.plug
 LIBRARY = plug.library()
@@ -218,3 +227,69 @@ def test_stubs_are_short_and_say_what_to_expect(file):
     home = plug.EXERCISES[file][0].__name__.replace("plug", "discriminator")
     assert len(text.splitlines()) <= 25
     assert re.search(r"difficulty [1-5] of 5, \d+ minutes, .*lines", text) and f"Mirrors {home}.py" in text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Grading and the capstone
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=plug.ROOT, capture_output=True, text=True)
+
+
+def test_a_class_is_graded_into_a_csv(tmp_path):
+    for student in ("ada", "eve"):
+        shutil.copytree(plug.ROOT / "exercises", tmp_path / "class" / student,
+                        ignore=lambda _, names: [name for name in names if not name.startswith("ex")])
+    ada, eve = tmp_path / "class" / "ada", tmp_path / "class" / "eve"
+    (ada / "ex09_ema.py").write_text(                               # right, but makes new tensors
+        "def update_ema(ema, weights, decay):\n"
+        "    ema |= {n: decay * t + (1 - decay) * weights[n].detach() for n, t in ema.items()}\n")
+    (eve / "ex07_hinge.py").write_text("from losses import hinge_d, hinge_g\n")
+    (eve / "ex08_lora.py").write_text("raise SystemExit\n")
+    graded = run("exercises/grade.py", tmp_path / "class", "--csv", tmp_path / "grades.csv")
+    assert graded.returncode == 0, graded.stderr
+    rows = list(csv.DictReader(open(tmp_path / "grades.csv")))
+    assert [row["student"] for row in rows] == ["ada", "eve"]
+    assert rows[0]["ex09_ema"] == "2/3" and rows[0]["points"] == "0.7" and rows[0]["of"] == "27"
+    assert rows[1]["ex07_hinge"] == "0/4" and rows[1]["ex08_lora"] == "0/5" and rows[1]["points"] == "0.0"
+
+
+def test_plugged_functions_are_used_wherever_they_were_imported():
+    names = [name for name in LIBRARY if not name.startswith("upsample")]
+    plug.plug({name: STUBS[name] for name in names})
+    try:
+        assert plug.sampler.consistency is plug.solver.consistency is STUBS["consistency"]
+        assert plug.discriminator.precondition is STUBS["precondition"]
+        assert all(value is STUBS[name] for name, value in plug.library().items() if name in names)
+    finally:
+        plug.plug({name: LIBRARY[name] for name in names})
+    assert plug.library() == LIBRARY
+
+
+def test_capstone(tmp_path):
+    """From nothing to the table, on random networks of 32x32 pixels."""
+    from transformers import Dinov2Config, Dinov2Model
+    folder = tmp_path / "toy"
+    model.save_unet(randomize(model.UNet(**unet_config(sample_size=4))), folder / "unet")
+    model.save_vae(randomize(model.VAE(**vae_config(sample_size=32))), folder / "vae")
+    small_image_encoder().save_pretrained(folder / "image_encoder")
+    model.save_configs(folder)
+    evaluate.save_detector(evaluate.VideoClassifier(5, (8, 8, 16, 16), 32), folder / "i3d")
+    Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=28,
+                             patch_size=14)).save_pretrained(folder / "dinov2")
+    answers = tmp_path / "answers"
+    shutil.copytree(plug.ROOT / "exercises", answers)
+    (answers / "ex09_ema.py").write_text(textwrap.dedent("""
+        def update_ema(ema, weights, decay):
+            print("the student's average")
+            for name, tensor in ema.items():
+                tensor.mul_(decay).add_(weights[name].detach(), alpha=1 - decay)
+        """))
+    done = run("exercises/capstone.py", "--answers", answers, "--model", folder, "--num_clips", 2,
+               "--stage1_steps", 1, "--stage2_steps", 2, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("the student's average") == 2
+    found = json.loads((tmp_path / "out" / "capstone.json").read_text())
+    assert found["yours"] == ["ex09_ema"] and len(found["rows"]) == 5
+    assert (tmp_path / "out" / "capstone.png").stat().st_size > 0
