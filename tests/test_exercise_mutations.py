@@ -1,6 +1,9 @@
-"""Do the graders bite? Each stub must fail, have the library's signature, and stay short; each mutant must
-fail: a plausible wrong answer, made from the library's own source by changing a few characters. Where the
-library has changed and no longer has a mutant's text, the test says so: give it the new text."""
+"""Do the graders bite, and do grade.py and the capstone run?
+
+Each stub must fail, have the library's signature, and stay short. Each mutant must fail: a plausible wrong
+answer, made from the library's own source by changing a few characters. Where the library has changed and no
+longer has a mutant's text, the test says so: give it the new text.
+"""
 import csv
 import inspect
 import json
@@ -144,10 +147,10 @@ def mutant(name, text, other):
 def wrong_backward(grad, size, std, mode="bilinear", align_corners=None, flip=(), scale=torch.reciprocal):
     """Autograd through another resize than the one asked for."""
     with torch.enable_grad():
-        x = torch.zeros(len(grad), 3, *size, requires_grad=True)
+        x = grad.new_zeros(len(grad), 3, *size, requires_grad=True)
         out = F.interpolate(x, grad.shape[2:], mode=mode, align_corners=align_corners)
         grad_x = torch.autograd.grad(out, x, grad.flip(flip).contiguous())[0]
-    return grad_x * scale(torch.tensor(std).view(3, 1, 1))
+    return grad_x * scale(grad.new_tensor(std).view(3, 1, 1))
 
 
 WRONG_BACKWARDS = {
