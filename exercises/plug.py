@@ -88,11 +88,8 @@ def broken(error):
 
 def plug(chosen):
     """chosen {name: function}: a subset of the names above."""
-    own = library()
-    for name, function in chosen.items():
-        for module in LIBRARY:
-            for key in [key for key, value in vars(module).items() if value is own[name]]:
-                setattr(module, key, function)
+    own, modules = library(), {*LIBRARY, *(sys.modules[function.__module__] for function in chosen.values())}
+    swaps = [(own[name], function) for name, function in chosen.items()]
     if "upsample_backward" in chosen:
         plain = discriminator.upsample_normalize
 
@@ -106,5 +103,9 @@ def plug(chosen):
             def backward(ctx, grad):
                 return chosen["upsample_backward"](grad, ctx.size, ctx.std), None, None, None, None
 
-        discriminator.upsample_normalize = lambda x, size, mean, std, dtype=None: Yours.apply(
-            x, size, mean, std, dtype)
+        swaps.append((plain, lambda x, size, mean, std, dtype=None: Yours.apply(x, size, mean, std, dtype)))
+    for module in modules:
+        for key, value in list(vars(module).items()):
+            for old, new in swaps:
+                if value is old:
+                    setattr(module, key, new)

@@ -134,7 +134,7 @@ def test_ex01_ends(karras_sigmas):
         expect(f"the length of karras_sigmas({n})", len(sigmas), n + 1, "n levels, and then 0")
         for what, i, value in (("first", 0, high), ("last but one", -2, low), ("last", -1, 0)):
             expect(f"the {what} of {n} levels", sigmas[i], value,
-                   "n levels include both ends; 0 is one more", 1e-6, floor=0)
+                   "n levels include both ends; 0 is one more", 1e-5, floor=0)
         require("sigmas descend", bool((sigmas.diff() < 0).all()), "from noise to data")
         require("sigmas are fp32", sigmas.dtype == torch.float32, "compute in fp64 if you like, return fp32")
 
@@ -143,7 +143,7 @@ def test_ex01_even_in_the_root(karras_sigmas):
     for n, low, high, rho in ((100, SIGMA_MIN, SIGMA_MAX, 7.0), (9, 0.1, 10.0, 3.0), (5, 1.0, 5.0, 1.0)):
         steps = karras_sigmas(n, low, high, rho)[:n].double().pow(1 / rho).diff()
         expect(f"the steps of sigma^(1/{rho:g}) for n = {n}", steps, steps.mean().expand(n - 1),
-               "the even spacing is in sigma^(1/rho); raise to rho at the end", 1e-4, floor=0)
+               "the even spacing is in sigma^(1/rho); raise to rho at the end", 1e-3, floor=0)
 
 
 def test_ex01_one_level(karras_sigmas):
