@@ -133,9 +133,8 @@ student = model.load_unet(stage2 / "merged")
 measure("after stage 2, one step", student)
 measure("after stage 2, Time Travel Sampler", student, 2, True)
 if args.reference:
-    teach = lambda net, cond, *_: sampler.sample_teacher(
-        net, cond, solver.karras_sigmas(25), [torch.Generator().manual_seed(i) for i in range(len(cond[0]))])
-    measure("the teacher in 25 steps", teacher, draw=teach)
+    measure("the teacher in 25 steps", teacher, draw=lambda net, cond, sigmas, generators, tts:
+            sampler.sample_teacher(net, cond, solver.karras_sigmas(25), generators))
 
 # ---- beside the reference -------------------------------------------------------------------------------
 

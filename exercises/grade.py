@@ -28,8 +28,8 @@ def grade(folder, timeout=300):
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         try:
-            command = [sys.executable, "-m", "pytest", "tests/test_exercises.py", f"--junitxml={report}"]
-            run = subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, text=True,
+            run = subprocess.run([sys.executable, "-m", "pytest", "tests/test_exercises.py", "--tb=no",
+                                  f"--junitxml={report}"], cwd=ROOT, env=env, timeout=timeout, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         except subprocess.TimeoutExpired:
             return {name: (0, 1, f"{TROUBLE} within {timeout} s") for name in POINTS}
