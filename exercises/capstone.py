@@ -37,7 +37,7 @@ parser.error = lambda message: sys.exit(print(f"capstone.py: {message}", file=sy
 flag = parser.add_argument
 flag("--answers", type=Path, default=HERE, help="folder of ex*.py")
 flag("--stage1_steps", type=int, default=90, help="training steps of stage 1")
-flag("--stage2_steps", type=int, default=20, help="training steps of stage 2")
+flag("--stage2_steps", type=int, default=12, help="training steps of stage 2")
 flag("--num_clips", type=int, default=32, help="held-out clips that toy-FVD is measured on")
 flag("--model", type=Path, default=sampler.TOY, help="pipeline folder of the toy world")
 flag("--output_dir", type=Path, default="out/capstone", help="everything is written here")
