@@ -2,22 +2,24 @@
 
     y = W x + b + alpha / rank * B A x,    A [rank in], B [out rank]            LoRA, arXiv 2106.09685
 
-lora_A and lora_B are fp32 nn.Linear without bias. B starts at 0, so training starts at the layer replaced;
-A must not (why?): normal, std 1 / rank. `active` False: as if there were no update. W may be bf16: then the
-update is computed in the precision of x. merged() returns a new, plain nn.Linear that computes the same, in
-W's precision, and leaves this layer as it is. Mirrors model.py.
+lora_A, lora_B: fp32 nn.Linear without bias. B starts at 0, so training starts at the layer replaced; A must
+not (why?): normal, std 1 / rank. `active` False: no update. On bf16 layers the update has the precision of x.
+merge_lora: in place of each layer of model.lora_layers(unet), {path: layer}, unet.set_submodule(path, linear)
+a plain nn.Linear, W + scale times the update in W's precision; old weights stay. Mirrors model.py.
 """
+import torch
 from torch import nn
 
 
 class LoRALinear(nn.Linear):
     def __init__(self, linear, rank, alpha):
         nn.Module.__init__(self)                    # not nn.Linear's: W and b are shared, not made anew
-        # Set in_features, out_features, weight, bias, rank, alpha, active, lora_A, lora_B.
-        raise NotImplementedError
+        raise NotImplementedError                   # and in_features, out_features, rank, alpha, active
 
     def forward(self, x):
         raise NotImplementedError
 
-    def merged(self):
-        raise NotImplementedError
+
+@torch.no_grad()
+def merge_lora(unet, scale=1):
+    raise NotImplementedError                       # returns unet

@@ -48,7 +48,7 @@ EXERCISES = {
     "ex05_solve": (solver, "solve"),
     "ex06_pseudo_huber": (losses, "pseudo_huber", "consistency_weight"),
     "ex07_hinge": (losses, "hinge_d", "hinge_g"),
-    "ex08_lora": (model, "LoRALinear"),
+    "ex08_lora": (model, "LoRALinear", "merge_lora"),
     "ex09_ema": (engine, "update_ema"),
     "ex10_tokens": (discriminator, "DinoFeatures", "TemporalHead"),
     "ex11_gather": (sys.modules[__name__], "upsample_backward", "upsample_backward_triton"),

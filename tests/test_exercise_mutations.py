@@ -86,18 +86,17 @@ MUTANTS = [
     ("hinge_g", "(1 - logits_fake)", "(1 + logits_fake)", "sign"),
     ("hinge_g", "-logits_fake.mean() if", "logits_fake.mean() if", "sign of the linear form"),
     ("hinge_g", "logits_fake.float()", "logits_fake", "in bf16"),
-    ("LoRALinear", "self.weight.float() + delta", "self.weight.float() + delta * self.rank / self.alpha",
-     "no scale merged"),
     ("LoRALinear", "self.alpha / self.rank * delta", "self.alpha * delta", "alpha without rank"),
     ("LoRALinear", "nn.init.zeros_(self.lora_B.weight)", "nn.init.normal_(self.lora_B.weight)",
      "starts elsewhere"),
     ("LoRALinear", "nn.init.normal_(self.lora_A.weight, std=1 / rank)", "nn.init.zeros_(self.lora_A.weight)",
      "0 x 0"),
     ("LoRALinear", "if not self.active", "if False", "active ignored"),
-    ("LoRALinear", "linear.bias = self.bias", "linear.bias = None", "bias lost in merging"),
-    ("LoRALinear",
-     "linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=\"meta\")",
-     "linear = self", "merged in place"),
+    ("merge_lora", "scale * layer.alpha / layer.rank", "scale", "no alpha / rank merged"),
+    ("merge_lora", "(scale * layer.alpha", "(layer.alpha", "scale ignored"),
+    ("merge_lora", "linear.bias = layer.bias", "linear.bias = None", "bias lost in merging"),
+    ("merge_lora", "unet.set_submodule(path, linear)", "layer.weight = linear.weight",
+     "merged, and still added"),
     ("update_ema", "1 - decay", "decay", "decay for 1 - decay"),
     ("update_ema", "[weights[name] for name in ema]", "list(weights.values())", "by order, not by name"),
     ("update_ema", "torch._foreach_lerp_", "torch._foreach_lerp", "not in place"),
@@ -255,7 +254,7 @@ def test_a_class_is_graded_into_a_csv(tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "grades.csv")))
     assert [row["student"] for row in rows] == ["ada", "eve"]
     assert rows[0]["ex09_ema"] == "2/3" and rows[0]["points"] == "0.7" and rows[0]["of"] == "27"
-    assert rows[1]["ex07_hinge"] == "0/4" and rows[1]["ex08_lora"] == "0/5" and rows[1]["points"] == "0.0"
+    assert rows[1]["ex07_hinge"] == "0/4" and rows[1]["ex08_lora"] == "0/6" and rows[1]["points"] == "0.0"
 
 
 def test_plugged_functions_are_used_wherever_they_were_imported():

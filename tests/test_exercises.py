@@ -483,24 +483,32 @@ def test_ex08_inactive(LoRALinear):
            "the teacher is the same network", 0)
 
 
-def test_ex08_merged(LoRALinear):
-    for alpha, bias in ((3.0, True), (6.0, False)):
-        layer, linear = lora(LoRALinear, alpha, bias)
-        x, before = torch.randn(4, 7), linear.weight.detach().clone()
-        merged = layer.merged()
-        require("merged() is a plain nn.Linear", type(merged) is nn.Linear, "no LoRA is left in it")
-        expect(f"the merged layer's output, alpha = {alpha:g}, rank 3,", merged(x), layer(x).detach(),
-               "it computes the same: scale and bias too")
-        expect("the old weight after merging", linear.weight, before, "merged() returns a new layer", 0)
-
-
 def test_ex08_precision(LoRALinear):
     layer, _ = lora(LoRALinear, dtype=torch.bfloat16)
-    out, merged = layer(torch.randn(4, 7).bfloat16()), layer.merged()
     require("A and B are fp32 on a bf16 layer", layer.lora_A.weight.dtype == layer.lora_B.weight.dtype
             == torch.float32, "what trains is fp32: 1 + 1e-3 is 1 in bf16")
-    require("a bf16 layer answers in bf16", out.dtype == torch.bfloat16, "cast A and B to the precision of x")
-    require("a merged bf16 layer is bf16", merged.weight.dtype == torch.bfloat16, "add in fp32, cast once")
+    require("a bf16 layer answers in bf16", layer(torch.randn(4, 7).bfloat16()).dtype == torch.bfloat16,
+            "cast A and B to the precision of x")
+
+
+def test_ex08_merged(merge_lora):
+    for alpha, bias, scale in ((3.0, True, 1), (6.0, False, 1), (6.0, True, -1)):
+        layer, linear = lora(plug.model.LoRALinear, alpha, bias)
+        x, before = torch.randn(4, 7), linear.weight.detach().clone()
+        expected = (linear(x) + scale * (layer(x) - linear(x))).detach()
+        net = merge_lora(nn.Sequential(layer, nn.Identity()), scale)
+        require("what is merged is a plain nn.Linear", type(net[0]) is nn.Linear, "no LoRA is left in it")
+        expect(f"the merged output, alpha = {alpha:g}, rank 3, scale {scale}", net(x), expected,
+               "it computes the same: alpha / rank and bias too")
+        expect("the old weight after merging", linear.weight, before,
+               "a new layer, with a weight of its own", 0)
+        require("the merged weight has no graph", net[0].weight.is_leaf, "torch.no_grad, nn.Parameter")
+
+
+def test_ex08_merged_precision(merge_lora):
+    layer, _ = lora(plug.model.LoRALinear, dtype=torch.bfloat16)
+    net = merge_lora(nn.Sequential(layer))
+    require("a merged bf16 layer is bf16", net[0].weight.dtype == torch.bfloat16, "add in fp32, cast once")
 
 
 # ---------------------------------------------------------------------------------------------------------
