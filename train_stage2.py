@@ -31,7 +31,7 @@ from solver import NUM_SIGMAS, consistency, karras_sigmas, solve, strided
 PRESETS = {
     # What a laptop's CPU does in a few minutes; falling losses, not yet a good student.
     "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=40, learning_rate=1e-4, lr_d=2e-4,
-                    warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=2,
+                    warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=10,
                     validation_teacher_steps=8),
     # The toy student on one GPU.
     "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1000, learning_rate=1e-4, lr_d=2e-4,
@@ -248,7 +248,7 @@ def add(**losses):
         sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
 
 
-clock, clock_step = time.perf_counter(), step
+clock, clock_step, totals = time.perf_counter(), step, {}       # since the last log line
 while step < args.max_train_steps:
     engine.warm_up(opt, args.learning_rate, step, args.warmup_steps)
     engine.warm_up(opt_d, args.lr_d, step, args.warmup_steps)
@@ -297,8 +297,11 @@ while step < args.max_train_steps:
     if bad_steps == 5:
         parser.error(f"gradients were not finite for 5 steps, until step {step}; start over (--resume_from_"
                      "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
+    for name, value in (sums | {"grad_norm": norm, "grad_norm_d": norm_d}).items():
+        totals[name] = totals.get(name, 0) + value
     if step % args.log_steps == 0:
-        values = engine.all_mean({**sums, "grad_norm": norm, "grad_norm_d": norm_d})
+        values = engine.all_mean({name: total / (step - clock_step) for name, total in totals.items()})
+        totals.clear()
         seconds = (time.perf_counter() - clock) / (step - clock_step)
         clock, clock_step = time.perf_counter(), step
         speed = {"s_per_step": seconds, "clips_per_s": args.batch_size / seconds}
