@@ -519,9 +519,11 @@ def plot(rows, out, width=640, height=360, margin=48):
 
 
 def record(args):
+    here = os.fspath(Path(__file__).parent) + os.sep                # whose disk it was is nobody's business
+    settings = json.dumps(vars(args), default=str).replace(here, "")
     return {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-            "torch": torch.__version__, "settings": json.loads(json.dumps(vars(args), default=str))}
+            "torch": torch.__version__, "settings": json.loads(settings)}
 
 
 def parse_args(argv=None):
