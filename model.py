@@ -723,7 +723,8 @@ def lora_file(path):
 
 
 def load_lora(unet, path):
-    """Puts the update saved at `path` (a folder or a .safetensors file) beside the layers of a network.
+    """Puts the update saved at `path` (a folder or a .safetensors file) beside the layers of a network. Whole
+    weights that trained with it, as in stage 2's student.safetensors, take the place of the network's.
     Returns the network. Raises ModelError for a key or shape that does not fit, and then changes nothing."""
     file, metadata = lora_file(path), {}
     tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
@@ -742,7 +743,8 @@ def load_lora(unet, path):
         if settings.get(setting):
             raise ModelError(f"{file}: made with {setting}, which is not supported")
     layers = {p: m for p, m in unet.named_modules() if isinstance(m, nn.Linear)}
-    loaded = {}
+    loaded, own = {}, dict(unet.named_parameters())
+    whole = {key: tensors.pop(key) for key in own if key in tensors and tensors[key].shape == own[key].shape}
     for path in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
         pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
         if path not in layers or None in pair:
@@ -756,6 +758,8 @@ def load_lora(unet, path):
         loaded[path].lora_B.weight.data.copy_(pair[1])
     if tensors:
         raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names")
+    for key, tensor in whole.items():
+        own[key].data.copy_(tensor)
     for path, layer in loaded.items():
         unet.set_submodule(path, layer)
     return unet

@@ -33,6 +33,7 @@ from model import SVD, ModelError, default_size, load_student, replacing
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
 
 TOY = model.ASSETS / "toy"
+STUDENT = TOY / "student.safetensors"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 150_000_000                # of an input image; more is taken for a decompression bomb
 
@@ -377,7 +378,7 @@ def main():
             fail(f"the toy networks are not in {TOY}: make them with `python train_toy.py` or give a --model")
         print("toy model: it knows moving shapes, not photographs. For Stable Video Diffusion itself add "
               f"--model {SVD} (9 GB; non-commercial licence of Stability AI)", file=sys.stderr)
-    student = args.student or (TOY / "student" if root == TOY and (TOY / "student").is_dir() else None)
+    student = args.student or (STUDENT if root == TOY and STUDENT.is_file() else None)
     if args.teacher:
         student = None
     source = dict(variant=args.variant, revision=args.revision)

@@ -30,7 +30,7 @@ from solver import NUM_SIGMAS, consistency, karras_sigmas, solve, strided
 
 PRESETS = {
     # What a laptop's CPU does in a few minutes; falling losses, not yet a good student.
-    "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=40, learning_rate=1e-4, lr_d=2e-4,
+    "toy_cpu": dict(batch_size=2, num_clips=64, max_train_steps=40, learning_rate=1e-4, lr_d=2e-4,
                     warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=10,
                     validation_teacher_steps=8),
     # The toy student on one GPU.

@@ -319,6 +319,10 @@ def test_merged_is_the_teacher_plus_what_trained(whole, teacher, stage):
     student = model.merge_lora(student).state_dict()
     assert equal(merged, {key: tensor.half().float() for key, tensor in student.items()})
 
+    # The same from what trained alone, which is a fraction of the size.
+    alone = model.load_student(whole[stage] / "student.safetensors", model.load_unet(teacher)).state_dict()
+    assert equal(alone, student)
+
     base = {key: tensor.half().float() for key, tensor in model.load_unet(teacher).state_dict().items()}
     moved = {key for key in base if not torch.equal(base[key], merged[key])}
     trained = {key for key in base if re.search(rf"\.({model.LORA_TARGETS})\.weight$", key)
