@@ -81,19 +81,24 @@ def any_rank(flag, device):
 def end_world(world):
     """The processes leave together: one that goes early takes the connections of the others with it."""
     any_rank(False, world.device)
-    leave()
+    leave(0)
 
 
-def leave():
-    """A process that exits while it is still connected may abort instead (gloo, torch 2.13)."""
+def leave(status):
+    """Disconnects. gloo (torch 2.13) now and then aborts a process that tidies up its connections, and more
+    often one that does not: there the process ends at once."""
     if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
 
 
 def fail(message):
     """One line on stderr and exit status 2: how every bad input ends."""
     print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)
-    leave()
+    leave(2)
     sys.exit(2)
 
 
@@ -337,6 +342,8 @@ class Log:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
+        if self.board:
+            self.board.flush()
 
 
 def peak_memory(device):

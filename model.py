@@ -722,9 +722,10 @@ def lora_file(path):
     return inside[0] if inside else Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
 
 
-def load_lora(unet, path):
+def load_lora(unet, path, whole=True):
     """Puts the update saved at `path` (a folder or a .safetensors file) beside the layers of a network. Whole
-    weights that trained with it, as in stage 2's student.safetensors, take the place of the network's.
+    weights that trained with it, as in stage 2's student.safetensors, take the place of the network's; with
+    whole=False they do not fit.
     Returns the network. Raises ModelError for a key or shape that does not fit, and then changes nothing."""
     file, metadata = lora_file(path), {}
     tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
@@ -744,7 +745,8 @@ def load_lora(unet, path):
             raise ModelError(f"{file}: made with {setting}, which is not supported")
     layers = {p: m for p, m in unet.named_modules() if isinstance(m, nn.Linear)}
     loaded, own = {}, dict(unet.named_parameters())
-    whole = {key: tensors.pop(key) for key in own if key in tensors and tensors[key].shape == own[key].shape}
+    fitting = {key: tensors.pop(key) for key in own
+               if whole and key in tensors and tensors[key].shape == own[key].shape}
     for path in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
         pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
         if path not in layers or None in pair:
@@ -758,7 +760,7 @@ def load_lora(unet, path):
         loaded[path].lora_B.weight.data.copy_(pair[1])
     if tensors:
         raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names")
-    for key, tensor in whole.items():
+    for key, tensor in fitting.items():
         own[key].data.copy_(tensor)
     for path, layer in loaded.items():
         unet.set_submodule(path, layer)
@@ -970,7 +972,8 @@ def export(path, student, folder, *, unmerge=False, variant=None, revision=None,
     which diffusers opens with variant="fp16" or "bf16"; name: of the pipeline on its card."""
     source = dict(variant=variant, revision=revision)
     unet, vae, image_encoder = (load(path, **source) for load in (load_unet, load_vae, load_image_encoder))
-    unet = merge_lora(load_lora(unet, student), scale=-1) if unmerge else load_student(student, unet, variant)
+    unet = merge_lora(load_lora(unet, student, whole=False), scale=-1) if unmerge \
+        else load_student(student, unet, variant)
     folder, suffix, dtype = Path(folder), None if dtype == "fp32" else dtype, DTYPES[dtype]
     save_unet(unet, folder / "unet", dtype, suffix)
     save_vae(vae, folder / "vae", dtype, suffix)
