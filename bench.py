@@ -434,8 +434,10 @@ def main():
             import diffusers
         except ImportError:
             args.diffusers = False
-    args.ceiling = matmul_ceiling(device, args.dtype)
-    print(f"matrix product {args.ceiling:.0f} TFLOP/s")
+    args.ceiling = None
+    if {"nets", "sample", "all"} & {*args.what}:
+        args.ceiling = matmul_ceiling(device, args.dtype)
+        print(f"matrix product {args.ceiling:.0f} TFLOP/s")
     result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
               "device": torch.cuda.get_device_name() if device.type == "cuda" else args.device,
               "torch": torch.__version__, "diffusers": diffusers.__version__ if args.diffusers else None,
