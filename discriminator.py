@@ -63,33 +63,37 @@ if triton:
         return tl.where(channel == 0, a, tl.where(channel == 1, b, c))
 
     @triton.jit
-    def _stretched(row, x0, x1, lam, inside, mean, std):
-        """An input row at the output's columns, normalised: mixtures of two such rows are normalised, too."""
-        left = tl.load(row + x0, inside, 0.0).to(tl.float32)
-        right = tl.load(row + x1, inside, 0.0).to(tl.float32)
-        return (left + (right - left) * lam - mean) / std
+    def _neighbours(row, x0, x1, inside):
+        """An input row at the columns left and right of where the output's columns look."""
+        return tl.load(row + x0, inside, 0.0), tl.load(row + x1, inside, 0.0)
 
     @triton.jit
     def _forward_kernel(x, out, h, w, H, W, W_by_VEC, scale_y, scale_x, mean0, mean1, mean2, std0, std1, std2,
                         GAPS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
         """One program: GAPS gaps, BLOCK columns of one plane. What remains per output pixel is one
-        multiplication, one addition and the write."""
-        bands = tl.cdiv(h + 1, GAPS)
-        band, plane = tl.program_id(0) % bands, tl.program_id(0) // bands
+        multiplication, one addition and the write. Programs that share a row follow each other, so that the
+        cache sees a row whole: its pieces do not end where memory's 32-byte sectors do."""
+        blocks, bands = tl.cdiv(W, BLOCK), tl.cdiv(h + 1, GAPS)
+        program = tl.program_id(0)
+        band, plane = program // blocks % bands, program // blocks // bands
         mean, std = _of_channel(plane, mean0, mean1, mean2), _of_channel(plane, std0, std1, std2)
         x += plane.to(tl.int64) * h * w                         # a plane fits 32 bits, a batch may not
         out += plane.to(tl.int64) * (H * W_by_VEC) * VEC        # says that it is a multiple: wider writes
-        X = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        X = program % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = X // VEC < W_by_VEC
         place = tl.clamp((X + 0.5) * scale_x - 0.5, 0.0, w - 1.0)
         x0 = place.to(tl.int32)
         x1, lam = tl.minimum(x0 + 1, w - 1), place - x0
         top = band * GAPS - 1
-        below = _stretched(x + tl.maximum(top, 0) * w, x0, x1, lam, inside, mean, std)
+        left, right = _neighbours(x + tl.maximum(top, 0) * w, x0, x1, inside)
+        # Normalised already here: mixtures of two normalised rows are normalised, too.
+        below = (left.to(tl.float32) * (1 - lam) + right.to(tl.float32) * lam - mean) / std
+        left, right = _neighbours(x + tl.minimum(top + 1, h - 1) * w, x0, x1, inside)
         for k in range(0, tl.minimum(GAPS, h - top)):
             gap = top + k
             above = below
-            below = _stretched(x + tl.minimum(gap + 1, h - 1) * w, x0, x1, lam, inside, mean, std)
+            below = (left.to(tl.float32) * (1 - lam) + right.to(tl.float32) * lam - mean) / std
+            left, right = _neighbours(x + tl.minimum(gap + 2, h - 1) * w, x0, x1, inside)   # for the next gap
             slope = below - above
             first, end = _outputs(gap, h, H, scale_y)
             for row in range(0, end - first):
@@ -100,18 +104,18 @@ if triton:
     @triton.jit
     def _backward_kernel(grad, grad_x, h, w, H, W, W_by_VEC, scale_y, scale_x, std0, std1, std2, STEP,
                          ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
-                         VEC: tl.constexpr):
+                         VEC: tl.constexpr, AT_ONCE: tl.constexpr):
         """One program: ROWS rows, STEP columns of the input's gradient, gathered from the output pixels that
         looked at them: nothing is written twice, and the order of each sum is fixed. First down the BLOCK
         output columns, where neighbouring threads read neighbours, then once per row across the columns."""
-        bands = tl.cdiv(h, ROWS)
-        band, plane = tl.program_id(0) % bands, tl.program_id(0) // bands
+        blocks, bands = tl.cdiv(w, STEP), tl.cdiv(h, ROWS)
+        program = tl.program_id(0)
+        band, plane = program // blocks % bands, program // blocks // bands
         grad += plane.to(tl.int64) * (H * W_by_VEC) * VEC
         grad_x += plane.to(tl.int64) * h * w
-        start = tl.program_id(1) * STEP
+        start = program % blocks * STEP
         base = tl.where(start == 0, 0, _first_output(start - 1, scale_x)) // VEC * VEC
         X = base + tl.arange(0, BLOCK)
-        inside = X // VEC < W_by_VEC
         # Column j is looked at from (j - 1, j + 1), with a weight that falls from 1 at j to 0 at the ends.
         j = start + tl.arange(0, COLUMNS)
         first = tl.where(j == 0, 0, _first_output(j - 1, scale_x))
@@ -128,10 +132,13 @@ if triton:
             first_row, end_row = _outputs(gap, h, H, scale_y)
             # lam = at_first + row * scale_y grows evenly, so two sums are enough: of g, and of row times g.
             plain, times_row = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-            for row in range(0, end_row - first_row):
-                value = tl.load(grad + (first_row + row) * W_by_VEC * VEC + X, inside, 0.0).to(tl.float32)
-                plain += value
-                times_row += row * value
+            for done in range(0, end_row - first_row, AT_ONCE):
+                for more in tl.static_range(AT_ONCE):                       # so many reads are under way
+                    row = done + more
+                    there = X // VEC < tl.where(first_row + row < end_row, W_by_VEC, 0)
+                    value = tl.load(grad + (first_row + row) * W_by_VEC * VEC + X, there, 0.0).to(tl.float32)
+                    plain += value
+                    times_row += row * value
             at_first = (first_row + 0.5) * scale_y - 0.5 - gap
             mixed = tl.where(gap == h - 1, 0.0, at_first * plain + scale_y * times_row)
             mixed = tl.where(gap < 0, plain, mixed)
@@ -152,10 +159,10 @@ class FusedUpsampleNormalize(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.size, ctx.std = x.shape, x.dtype, size, std
         out = x.new_empty((n, c, H, W), dtype=dtype)
         if n:
-            vec, block, gaps = math.gcd(W, 8), 128, 8
-            _forward_kernel[(n * c * triton.cdiv(h + 1, gaps), triton.cdiv(W, block))](
+            vec, block, gaps = math.gcd(W, 8), 256, 8
+            _forward_kernel[(n * c * triton.cdiv(h + 1, gaps) * triton.cdiv(W, block),)](
                 x.contiguous(), out, h, w, H, W, W // vec, h / H, w / W, *mean, *std,
-                GAPS=gaps, BLOCK=block, VEC=vec, num_warps=2)
+                GAPS=gaps, BLOCK=block, VEC=vec, num_warps=1)
         return out
 
     @staticmethod
@@ -169,10 +176,10 @@ class FusedUpsampleNormalize(torch.autograd.Function):
             block = max(256, triton.next_power_of_2(2 * W // w + 1 + vec))
             step = min(w, 128, (block - vec) * w // W - 1)      # looked at from (step + 1) W / w places
             step = triton.cdiv(w, triton.cdiv(w, step))         # programs of one size
-            _backward_kernel[(n * c * triton.cdiv(h, rows), triton.cdiv(w, step))](
+            _backward_kernel[(n * c * triton.cdiv(h, rows) * triton.cdiv(w, step),)](
                 grad.contiguous(), grad_x, h, w, H, W, W // vec, h / H, w / W, *ctx.std, step,
                 ROWS=rows, COLUMNS=triton.next_power_of_2(step), TAPS=taps, BLOCK=block, VEC=vec,
-                num_warps=2)
+                AT_ONCE=8, num_warps=2)
         return grad_x, None, None, None, None
 
 
