@@ -237,12 +237,12 @@ def encode_clips(vae, image_encoder, frames, noise, strength, motion_bucket_id, 
 
 
 def toy_latents(vae, image_encoder, seed: int, num_clips: int, num_frames: int = 14, size: int = 128,
-                device="cpu", batch_size: int = 64) -> Latents:
-    """Render and encode clips 0 .. num_clips - 1 of the world `seed`. The noise on the condition image has
-    the strength SVD was trained with, ln N(-3, 0.5^2), drawn once per clip."""
+                device="cpu", batch_size: int = 64, first: int = 0) -> Latents:
+    """Render and encode clips `first`, `first` + 1, .. of the world `seed`. The noise on the condition image
+    has the strength SVD was trained with, ln N(-3, 0.5^2), drawn once per clip."""
     generator, cache = torch.Generator(device), []
-    for start in tqdm(range(0, num_clips, batch_size), "latents", disable=None):
-        numbers = torch.arange(start, min(start + batch_size, num_clips))
+    for start in tqdm(range(first, first + num_clips, batch_size), "latents", disable=None):
+        numbers = torch.arange(start, min(start + batch_size, first + num_clips))
         batch = toy_clips(seed, numbers, num_frames, size, device)
         generator.manual_seed(seed * 1_000_003 + start)
         strength = (-3 + 0.5 * torch.randn(len(numbers), generator=generator, device=device)).exp()    # b

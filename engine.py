@@ -72,9 +72,10 @@ def all_mean(values):
 
 def any_rank(flag, device):
     """True on all ranks if it is on one: what all have to do together is decided together."""
+    if not dist.is_initialized():
+        return bool(flag)
     flag = torch.tensor(float(flag), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
@@ -152,15 +153,18 @@ class Weights:
         self.masters = {
             name: torch.nn.Parameter(p.detach().float().clone()) for name, p in self.copies.items()}
 
+    @torch.no_grad()
     def pull(self):
-        for name, copy in self.copies.items():
-            grad, copy.grad = copy.grad, None
-            self.masters[name].grad = torch.zeros_like(self.masters[name]) if grad is None else grad.float()
+        copies, masters = list(self.copies.values()), list(self.masters.values())
+        grads = [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
+        wide = [torch.empty_like(master) for master in masters]
+        torch._foreach_copy_(wide, grads)                       # all at once: there are hundreds
+        for copy, master, grad in zip(copies, masters, wide):
+            copy.grad, master.grad = None, grad
 
     @torch.no_grad()
     def push(self):
-        for name, copy in self.copies.items():
-            copy.copy_(self.masters[name])
+        torch._foreach_copy_(list(self.copies.values()), list(self.masters.values()))
 
     def tensors(self):
         return {name: p.detach() for name, p in self.masters.items()}

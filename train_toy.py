@@ -11,6 +11,7 @@ trained on the toy world of data.py. What they are for, in the order in which th
     python train_toy.py                                     # everything, into assets/toy
     python train_toy.py --quick --output_dir /tmp/toy       # the same code in a CPU minute, to see it run
     python train_toy.py --stages unet report --overwrite    # one stage anew
+    torchrun --standalone --nproc_per_node=2 train_toy.py   # two GPUs share unet's clips and batches
 
 Stop it (Ctrl-C, --time_limit) and start it again as you like: a batch is a pure function of (seed, step), a
 checkpoint holds all there is, and a stage whose folder is written is not trained again. With little memory,
@@ -39,6 +40,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 from transformers.utils import logging
 
 import data
+import engine
 import evaluate
 import model
 import solver
@@ -81,7 +83,8 @@ if parser.parse_known_args()[0].quick:
     parser.set_defaults(**QUICK)
 args = parser.parse_args()
 
-device, start = torch.device(args.device), time.time()
+world, start = engine.start_world(args.device), time.time()
+device = world.device
 work = args.output_dir / ".train"
 log_file, report_file = args.log or args.output_dir / "train_log.jsonl", args.report or work / "report.json"
 for folder in (work, log_file.parent, report_file.parent):
@@ -98,6 +101,8 @@ for number in (signal.SIGINT, signal.SIGTERM):
 
 
 def log(**entry):
+    if world.rank:
+        return
     with open(log_file, "a") as file:
         file.write(json.dumps({**entry, "seconds": round(time.time() - start, 2)}) + "\n")
 
@@ -117,74 +122,69 @@ def train(stage, net, loss_of):
     and its arguments. On a GPU the network computes in bf16, in a copy of the fp32 weights that Adam moves.
     Leaves the averaged weights in `net`. Resumes from, and may exit after, a checkpoint."""
     steps, batch_size, lr = (getattr(args, f"{stage}_{name}") for name in ("steps", "batch_size", "lr"))
-    names, copies = zip(*net.named_parameters())
-    weights = [nn.Parameter(p.detach().float().clone()) for p in copies]
-    averages = [p.detach().clone() for p in weights]
+    weights = engine.Weights(net, [name for name, _ in net.named_parameters()])
+    average = {name: p.clone() for name, p in weights.tensors().items()}
     net.to(half)
-    optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(weights.masters.values(), lr, (0.9, 0.99), fused=device.type == "cuda")
+    evolving, optimizers = {"net": weights.masters, "ema": average}, {"adam": optimizer}
     settings = str([args.seed, args.size, args.num_frames, args.num_clips, args.ema_decay, steps, batch_size,
-                    lr, [tuple(p.shape) for p in weights]])
-    checkpoint, first, moments, metadata = work / f"{stage}.safetensors", 0, ("exp_avg", "exp_avg_sq"), {}
+                    lr, world.size, [tuple(p.shape) for p in average.values()]])
+    checkpoint, first, metadata = work / f"{stage}.safetensors", 0, {}
     if checkpoint.exists():
         tensors = dict(model.read_safetensors([checkpoint], metadata))
         if metadata["settings"] != settings:
             parser.error(f"{checkpoint} has other settings: repeat them, or start over with --overwrite")
         first = int(metadata["step"])
-        with torch.no_grad():
-            for name, p, average in zip(names, weights, averages):
-                p.copy_(tensors["net." + name])
-                average.copy_(tensors["ema." + name])
-            torch._foreach_copy_(copies, weights)
-        optimizer.load_state_dict({"param_groups": optimizer.state_dict()["param_groups"], "state": {
-            i: {"step": torch.tensor(float(first))} | {m: tensors[f"{m}.{name}"] for m in moments}
-            for i, name in enumerate(names) if f"{moments[0]}.{name}" in tensors}})
+        engine.restore(evolving, optimizers, tensors)
+        weights.push()
 
     generator, warmup = torch.Generator(device), max(1, min(200, steps // 10))
     losses = torch.zeros((), device=device)
     net.train()
-    for step in tqdm(range(first, steps), stage, initial=first, total=steps, disable=None, mininterval=1):
-        generator.manual_seed((args.seed * 1_000_003 + step) * len(STEPS) + list(STEPS).index(stage))
+    for step in tqdm(range(first, steps), stage, initial=first, total=steps, disable=world.rank > 0 or None,
+                     mininterval=1):
+        number = (args.seed * 1_000_003 + step) * len(STEPS) + list(STEPS).index(stage)
+        generator.manual_seed(number * world.size + world.rank)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = loss_of(step, generator)
         loss.backward()
-        for p, copy in zip(weights, copies):
-            p.grad, copy.grad = None if copy.grad is None else copy.grad.float(), None
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(copies, weights)
-        decay = min(args.ema_decay, (step + 1) / (step + 10))      # short at first: forget the random weights
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        weights.pull()
+        engine.finite_step(optimizer, weights.masters.values(), max_norm=1.0)
+        weights.push()
+        # A short average at first: forget the random weights.
+        engine.update_ema(average, weights.tensors(), min(args.ema_decay, (step + 1) / (step + 10)))
 
         losses += loss.detach()
-        if (step + 1) % args.log_every == 0:                         # the one place that waits for the device
+        if (step + 1) % args.log_every == 0:
             log(stage=stage, step=step + 1, loss=losses.item() / args.log_every)
             losses.zero_()
-        stopping = stop or time.time() - start > args.time_limit
-        if stopping or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
-            tensors = {f"{m}.{n}": optimizer.state[p][m] for n, p in zip(names, weights)
-                       for m in moments if p in optimizer.state}        # no gradient ever, no moments
-            for prefix, values in (("net", weights), ("ema", averages)):
-                tensors |= {f"{prefix}.{name}": value for name, value in zip(names, values)}
+        stopping = engine.any_rank(stop or time.time() - start > args.time_limit, device)
+        if (stopping or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps) and world.rank == 0:
+            tensors = engine.collect(evolving, optimizers)
             model.write_safetensors(checkpoint, tensors, {"step": str(step + 1), "settings": settings})
         if stopping:
-            print(f"{stage}: stopped after step {step + 1} of {steps}; run the same command again to go on")
+            if world.rank == 0:
+                print(f"{stage}: stopped after step {step + 1} of {steps}; the same command goes on")
+            engine.any_rank(False, device)                          # the others wait until it is written
+            engine.leave(3)
             raise SystemExit(3)
-    with torch.no_grad():
-        torch._foreach_copy_(net.float() and copies, averages)
+    net.float()
+    engine.restore({"ema": weights.copies}, {}, {f"ema.{name}": p for name, p in average.items()})
     net.eval()
 
 
 def publish(stage, save, **metrics):
     """Put a finished stage where it belongs, whole or not at all; its checkpoint has done its duty."""
     part, folder = work / f"{stage}.part", args.output_dir / stage
-    save(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-    (work / f"{stage}.safetensors").unlink(missing_ok=True)
+    if world.rank == 0:
+        save(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+        (work / f"{stage}.safetensors").unlink(missing_ok=True)
+        print(f"{stage}: finished at {time.time() - start:.0f} s,", metrics, flush=True)
     log(stage=stage, finished=True, **metrics)
-    print(f"{stage}: finished at {time.time() - start:.0f} s,", metrics, flush=True)
+    engine.any_rank(False, device)                                  # the others wait until it is there
 
 
 def clips(seed, first, count, num_frames=args.num_frames):
@@ -322,13 +322,22 @@ if wanted("unet"):
     if args.unet_init:
         unet.load_state_dict(model.load_unet(args.unet_init).state_dict())
 
-    latents = data.toy_latents(
-        vae, image_encoder, args.seed, args.num_clips, args.num_frames, args.size, device)
+    num_clips, b = args.num_clips // world.size, args.unet_batch_size // world.size
+    latents = data.toy_latents(vae, image_encoder, args.seed, num_clips, args.num_frames, args.size, device,
+                               first=world.rank * num_clips)
     del vae, image_encoder
+    if device.type == "cuda":           # many small layers: fuse them, and record their launches once
+        torch._dynamo.config.recompile_limit = 256          # of all blocks together; equal ones share their code
+        for block in unet.to(half).train().modules():
+            if isinstance(block, (model.SpatioTemporalResBlock, model.SpatioTemporalTransformer)):
+                block.compile(dynamic=False)
+        x0, cond = latents.take(torch.arange(b))
+        torch.cuda.make_graphed_callables(unet, (
+            torch.cat((x0, cond.image_latents), dim=2), torch.zeros(b, device=device), cond.image_embeds,
+            cond.time_ids), allow_unused_input=True)        # attn2.to_q and to_k have no influence
 
     def unet_loss(step, generator):
-        b = args.unet_batch_size
-        x0, cond = latents.take(torch.randint(args.num_clips, (b,), generator=generator, device=device))
+        x0, cond = latents.take(torch.randint(num_clips, (b,), generator=generator, device=device))
         normal = torch.randn(b, generator=generator, device=device)                         # b
         ramp, coin, keep = torch.rand(3, b, generator=generator, device=device)             # b each
         # Most noise levels where the future is decided; the rest cover the grid: sampling starts at its top.
@@ -359,7 +368,7 @@ def batched(function, *tensors, batch_size=32):
         return torch.cat([function(*parts) for parts in zip(*(x.split(batch_size) for x in tensors))])
 
 
-if "report" in args.stages:
+if "report" in args.stages and world.rank == 0:
     vae, unet, image_encoder = (load(args.output_dir, dtype=half, device=device) for load in (
         model.load_vae, model.load_unet, model.load_image_encoder))
     detector = evaluate.load_detector(args.output_dir / "i3d", device)
@@ -409,11 +418,13 @@ if "report" in args.stages:
     # What the stages found out about themselves; their heads are gone.
     entries = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
     report["stages"] = {entry.pop("stage"): entry for entry in entries if entry.get("finished")}
-    model.write_json(report_file, report)
+    model.write_json(report_file, {**evaluate.record(args), **report})
 
-total = 0
-for file in sorted(args.output_dir.glob("*/*.safetensors")):
-    numbers = sum(tensor.numel() for _, tensor in model.read_safetensors([file]))
-    total += file.stat().st_size
-    print(f"{file.parent.name:15s} {numbers:11,d} parameters {file.stat().st_size / 1e6:8.2f} MB")
-print(f"{'together':15s} {'':22s} {total / 1e6:8.2f} MB")
+if world.rank == 0:
+    total = 0
+    for file in sorted(args.output_dir.glob("*/*.safetensors")):
+        numbers = sum(tensor.numel() for _, tensor in model.read_safetensors([file]))
+        total += file.stat().st_size
+        print(f"{file.parent.name:15s} {numbers:11,d} parameters {file.stat().st_size / 1e6:8.2f} MB")
+    print(f"{'together':15s} {'':22s} {total / 1e6:8.2f} MB")
+engine.leave(0)
