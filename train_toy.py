@@ -65,7 +65,8 @@ flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="w
 flag("--size", type=int, default=128, help="height and width of the clips")
 flag("--num_frames", type=int, default=14, help="frames per clip")
 flag("--vae_channels", type=int, nargs=4, default=[32, 64, 96, 96], help="per level, multiples of 32")
-flag("--unet_channels", type=int, nargs=3, default=[64, 96, 96], help="per level, multiples of 32")
+flag("--unet_channels", type=int, nargs="+", default=[64, 96, 96], help="per level, multiples of 32")
+flag("--unet_attention", type=int, nargs="+", default=[1, 1, 0], help="per level: 1 has transformers, 0 none")
 for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_steps", type=int, default=steps, help=f"optimisation steps of {stage}")
     flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (frames, for vae) per step")
@@ -314,8 +315,8 @@ if wanted("unet"):
     image_encoder = model.load_image_encoder(args.output_dir, dtype=half, device=device)
     unet = model.UNet(
         block_out_channels=args.unet_channels, layers_per_block=1, cross_attention_dim=EMBED_DIM,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
-        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
+        down_block_types=["CrossAttn" * on + "DownBlockSpatioTemporal" for on in args.unet_attention],
+        up_block_types=["CrossAttn" * on + "UpBlockSpatioTemporal" for on in args.unet_attention[::-1]],
         num_attention_heads=[c // 32 for c in args.unet_channels], addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96, num_frames=args.num_frames,
         sample_size=args.size // 8).to(device)
@@ -327,7 +328,7 @@ if wanted("unet"):
                                first=world.rank * num_clips)
     del vae, image_encoder
     if device.type == "cuda":           # many small layers: fuse them, and record their launches once
-        torch._dynamo.config.recompile_limit = 256          # of all blocks together; equal ones share their code
+        torch._dynamo.config.recompile_limit = 256          # of all blocks together; equal ones share code
         for block in unet.to(half).train().modules():
             if isinstance(block, (model.SpatioTemporalResBlock, model.SpatioTemporalTransformer)):
                 block.compile(dynamic=False)
