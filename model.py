@@ -624,6 +624,7 @@ def encode_condition(vae, image_encoder, images, noise, *, num_frames, fps, moti
 # LoRA (Hu et al., arXiv 2106.09685)
 
 LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.(0\.proj|2)"
+LORA_CONVS = LORA_TARGETS + r"|spatial_res_block\.conv(1|2|_shortcut)|(down|up)samplers\.0\.conv"
 LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' name
 PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's own, with a config
 
@@ -649,30 +650,56 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.alpha / self.rank * delta
 
 
+class LoRAConv2d(nn.Conv2d):
+    """The same beside a convolution: A has its window, and B makes its channels of the rank's."""
+
+    def __init__(self, conv, rank, alpha):
+        nn.Module.__init__(self)                    # then all that the convolution is, but its modules
+        self.__dict__ |= {key: value for key, value in vars(conv).items() if key != "_modules"}
+        like = dict(bias=False, device=self.weight.device)
+        self.lora_A = nn.Conv2d(self.in_channels, rank, self.kernel_size, self.stride, self.padding, **like)
+        self.lora_B = nn.Conv2d(rank, self.out_channels, 1, **like)
+        nn.init.normal_(self.lora_A.weight, std=1 / rank)
+        nn.init.zeros_(self.lora_B.weight)
+        self.rank, self.alpha, self.active = rank, alpha, True
+
+    def forward(self, x):
+        if not self.active:
+            return super().forward(x)
+        delta = F.conv2d(x, self.lora_A.weight.to(x.dtype), None, self.stride, self.padding)
+        delta = F.conv2d(delta, self.lora_B.weight.to(x.dtype))
+        return super().forward(x) + self.alpha / self.rank * delta
+
+
+def lora_beside(layer, rank, alpha):
+    return (LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear)(layer, rank, alpha)
+
+
 def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
-    """Freezes the network and puts a trainable low-rank update beside each linear layer that `targets`
-    names: a regular expression for the end of the path. alpha defaults to rank (scale 1).
+    """Freezes the network and puts a trainable low-rank update beside each linear layer and 2-D convolution
+    that `targets` names: a regular expression for the end of the path. alpha defaults to rank (scale 1).
 
     The default is all of attention and feed-forward but attn2.to_q and to_k, which have no influence (see
-    ContextAttention). Returns the network. Raises ModelError if nothing matches.
+    ContextAttention); LORA_CONVS adds the frames' convolutions, as PCM (arXiv 2405.18407) trains them.
+    Returns the network. Raises ModelError if nothing matches.
     """
     assert rank > 0, f"rank {rank}: not positive"
     if lora_layers(unet):
         raise ModelError("the network has LoRA layers already: merge_lora them first")
     unet.requires_grad_(False)
     paths = [path for path, layer in unet.named_modules()
-             if isinstance(layer, nn.Linear) and re.search(rf"(^|\.)({targets})$", path)]
+             if isinstance(layer, (nn.Linear, nn.Conv2d)) and re.search(rf"(^|\.)({targets})$", path)]
     if not paths:
-        raise ModelError(f"no linear layer's name ends in {targets!r}: nothing to add LoRA to")
+        raise ModelError(f"no layer's name ends in {targets!r}: nothing to add LoRA to")
     for path in paths:
         layer = unet.get_submodule(path)
-        unet.set_submodule(path, LoRALinear(layer, rank, rank if alpha is None else alpha))
+        unet.set_submodule(path, lora_beside(layer, rank, rank if alpha is None else alpha))
     return unet
 
 
 def lora_layers(unet):
     """{path: layer} of the LoRA layers in a network."""
-    return {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoRALinear)}
+    return {path: layer for path, layer in unet.named_modules() if hasattr(layer, "lora_A")}
 
 
 @contextmanager
@@ -693,8 +720,14 @@ def merge_lora(unet, scale=1):
     """Folds every update into its layer, in place: same outputs, no extra cost. scale=-1 takes an update that
     was merged out again, up to rounding. Returns the network."""
     for path, layer in lora_layers(unet).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        delta = layer.lora_B.weight @ layer.lora_A.weight * (scale * layer.alpha / layer.rank)
+        if isinstance(layer, nn.Conv2d):
+            kind, sizes = nn.Conv2d, (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+                                      layer.padding)
+        else:
+            kind, sizes = nn.Linear, (layer.in_features, layer.out_features)
+        linear = kind(*sizes, bias=layer.bias is not None, device="meta")
+        delta = layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)     # of a convolution, too
+        delta = delta.view_as(layer.weight) * (scale * layer.alpha / layer.rank)
         linear.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype))
         linear.bias = layer.bias
         unet.set_submodule(path, linear)
@@ -743,19 +776,20 @@ def load_lora(unet, path, whole=True):
     for setting in ("use_rslora", "alpha_pattern"):               # scales that alpha / rank does not describe
         if settings.get(setting):
             raise ModelError(f"{file}: made with {setting}, which is not supported")
-    layers = {p: m for p, m in unet.named_modules() if isinstance(m, nn.Linear)}
+    layers = {p: m for p, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     loaded, own = {}, dict(unet.named_parameters())
     fitting = {key: tensors.pop(key) for key in own
                if whole and key in tensors and tensors[key].shape == own[key].shape}
     for path in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
         pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
         if path not in layers or None in pair:
-            raise ModelError(f"{file}: {path}.lora_* does not fit a linear layer of this network")
-        found, rank = [tuple(t.shape) for t in pair], pair[0].numel() // layers[path].in_features
-        shapes = [(rank, layers[path].in_features), (layers[path].out_features, rank)]
+            raise ModelError(f"{file}: {path}.lora_* does not fit a layer of this network")
+        out, *window = layers[path].weight.shape                    # c_in, and of a convolution height, width
+        found, rank = [tuple(t.shape) for t in pair], pair[0].numel() // math.prod(window)
+        shapes = [(rank, *window), (out, rank, *[1] * (len(window) - 1))]
         if found != shapes or not rank:
             raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
-        loaded[path] = LoRALinear(layers[path], rank, rank if alpha is None else alpha)
+        loaded[path] = lora_beside(layers[path], rank, rank if alpha is None else alpha)
         loaded[path].lora_A.weight.data.copy_(pair[0])
         loaded[path].lora_B.weight.data.copy_(pair[1])
     if tensors:

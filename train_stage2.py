@@ -72,6 +72,7 @@ flag("--lr_d", type=float, help="of the discriminator")
 flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
 flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
 flag("--lora_rank", type=engine.positive, help="rank of the student's update")
+flag("--lora_convs", action="store_true", help="LoRA on the frames' convolutions, too")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora+temporal",
      help="what trains")
 flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
@@ -143,7 +144,7 @@ sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descend
 # ---- what trains ----------------------------------------------------------------------------------------
 
 if "lora" in args.train:
-    model.add_lora(unet, args.lora_rank)
+    model.add_lora(unet, args.lora_rank, targets=model.LORA_CONVS if args.lora_convs else model.LORA_TARGETS)
 net = unet.to(dtype)
 if world.rank == 0:                         # rows of the sample sheets that stay; nothing has trained yet
     x0_teacher = sampler.sample_teacher(net, cond_shown, karras_sigmas(args.validation_teacher_steps),

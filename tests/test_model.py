@@ -570,25 +570,31 @@ def test_hub_errors_are_one_sentence(monkeypatch, error, message):
 # LoRA
 
 
-def lora_unet(rank=4, alpha=2):
+with_convs = pytest.mark.parametrize(
+    "targets", [model.LORA_TARGETS, model.LORA_CONVS], ids=["linear", "convs"])
+
+
+def lora_unet(rank=4, alpha=2, targets=model.LORA_TARGETS):
     """(the network as it was, the network with a random LoRA)."""
     plain = randomize(model.UNet(**UNETS["smallest"]))
-    net = model.add_lora(copy.deepcopy(plain), rank, alpha)
+    net = model.add_lora(copy.deepcopy(plain), rank, alpha, targets)
     for parameter in net.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
     return plain, net
 
 
+@with_convs
 @torch.no_grad()
-def test_fresh_lora_changes_nothing():
+def test_fresh_lora_changes_nothing(targets):
     plain, inputs = randomize(model.UNet(**UNETS["smallest"])), unet_inputs()
     expected = plain(*inputs)
-    assert torch.equal(model.add_lora(plain, 4)(*inputs), expected)
+    assert torch.equal(model.add_lora(plain, 4, targets=targets)(*inputs), expected)
 
 
-def test_lora_alone_is_trained():
-    plain, net = lora_unet()
+@with_convs
+def test_lora_alone_is_trained(targets):
+    plain, net = lora_unet(targets=targets)
     frozen = {name: parameter.clone() for name, parameter in net.named_parameters() if "lora_" not in name}
     assert {name for name, parameter in net.named_parameters() if parameter.requires_grad} == {
         f"{path}.lora_{m}.weight" for path in model.lora_layers(net) for m in "AB"}
@@ -609,13 +615,17 @@ def test_lora_sits_on_every_linear_of_attention_and_feed_forward():
     assert set(model.lora_layers(net)) == expected
     with pytest.raises(model.ModelError, match="nothing to add LoRA to"):
         model.add_lora(plain, 2, targets="no_such_layer")
+    convs = {name for name, module in plain.named_modules() if type(module) is nn.Conv2d
+             and name not in ("conv_in", "conv_out")}
+    assert set(model.lora_layers(lora_unet(targets=model.LORA_CONVS)[1])) == expected | convs
     model.add_lora(plain, 2, targets=r"time_embedding\.linear_[12]")
     assert set(model.lora_layers(plain)) == {"time_embedding.linear_1", "time_embedding.linear_2"}
 
 
+@with_convs
 @torch.no_grad()
-def test_merged_lora_computes_the_same_with_plain_keys(tmp_path):
-    plain, net = lora_unet()
+def test_merged_lora_computes_the_same_with_plain_keys(tmp_path, targets):
+    plain, net = lora_unet(targets=targets)
     inputs = unet_inputs()
     expected = net(*inputs)
     assert relative_error(plain(*inputs), expected) > 0.1                       # else the rest shows nothing
@@ -630,10 +640,11 @@ def test_merged_lora_computes_the_same_with_plain_keys(tmp_path):
     assert_close_relative(diffusers_unet(theirs, *inputs), expected)
 
 
+@with_convs
 @pytest.mark.parametrize("alpha", [2, 7.5])
 @torch.no_grad()
-def test_lora_round_trip(tmp_path, alpha):
-    plain, net = lora_unet(4, alpha)
+def test_lora_round_trip(tmp_path, alpha, targets):
+    plain, net = lora_unet(4, alpha, targets)
     inputs = unet_inputs()
     model.save_lora(net, tmp_path)
     assert set(load_file(tmp_path / model.LORA_FILE)) == {
@@ -665,11 +676,12 @@ class DiffusersLoraUNet(DiffusersUNet, PeftAdapterMixin):
     """diffusers gives its SVD UNet no LoRA loader; the one of its other models fits."""
 
 
+@with_convs
 @pytest.mark.parametrize("alpha", [2, 4])
 @torch.no_grad()
-def test_lora_files_are_shared_with_diffusers_and_peft(tmp_path, alpha):
+def test_lora_files_are_shared_with_diffusers_and_peft(tmp_path, alpha, targets):
     """Ours loads there, what is saved there loads here, with the same scale alpha / rank."""
-    plain, net = lora_unet(4, alpha)
+    plain, net = lora_unet(4, alpha, targets)
     inputs = unet_inputs()
     model.save_lora(net, tmp_path / "ours")
     theirs = DiffusersLoraUNet(**UNETS["smallest"]).eval()
