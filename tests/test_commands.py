@@ -1,0 +1,302 @@
+"""What the READMEs say to type, typed: each command, and the Python snippets, that need neither a GPU nor the
+network nor files that only the reader has. In the order of the page, in a copy of the repository, where later
+ones find what earlier ones wrote; so a single one of these tests does not run alone.
+
+Each command of a page is in one of the three tables below, or the first test fails. By default they run with
+flags that make them short, nothing else is changed, and `python` is a fork of a process that has imported
+torch (tests/forked.py). All that TYPED and SLOW list, to the letter, takes hours:
+
+    $ OSV_README=all python -m pytest tests/test_commands.py -x
+"""
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import av
+import pytest
+from conftest import ROOT
+from PIL import Image
+from safetensors import safe_open
+from test_video import at_rate, write
+
+ALL = os.environ.get("OSV_README") == "all"
+PAGES = ["README.md", "exercises/README.md"]
+SMALL = "--width 64 --height 64 --num_frames 4 --steps 1"       # a video in a third of a second, not in 13
+STEP = ("--max_train_steps 1 --batch_size 1 --num_clips 2 --width 32 --height 32 --log_steps 1 "
+        "--validation_teacher_steps 1")                         # a stage in 3 seconds, not in minutes
+
+
+class Typed(NamedTuple):
+    """Files that must be there and open; a pattern on stdout; what is added to make it short. With `fails`,
+    the command must end with status 1 and say that."""
+    makes: str = ""
+    says: str = ""
+    adds: str = ""
+    fails: str = ""
+
+
+# A key that ends in ... is how a command begins.
+TYPED = {
+    # -- README.md: sampling. tests/test_sampler.py runs the teacher's 25 steps: here it takes one.
+    "make sample": Typed("out.mp4", "wrote out.mp4: 14 frames", 'IMAGE="assets/input.png --steps 1"'),
+    ".venv/bin/python sampler.py --image in.png --out out.mp4": Typed("out.mp4", "wrote out.mp4", SMALL),
+    "python sampler.py --image in.png": Typed("out.mp4", "wrote out.mp4", SMALL),
+    "python sampler.py --image photos/ --out clip.gif --seed 7":
+        Typed("clip_a.gif clip_b.gif", "seed 7,(.|\n)*seed 8,", SMALL),
+    "python sampler.py --image in.png --num_videos 8 --gallery seeds.png":
+        Typed("out_0.mp4 out_7.mp4 seeds.png", "seeds.png: 8 videos", SMALL),
+    "python sampler.py --image - --out clip.gif < in.png": Typed("clip.gif", "wrote clip.gif", SMALL),
+    "python sampler.py --image in.png --save_latents": Typed("out.mp4 out.safetensors", "", SMALL),
+    "python sampler.py --help": Typed(says="--image IN"),
+    # -- The toy world
+    'python -c "import torch, data; ...': Typed("toy.png"),
+    # -- Training: a step in place of all
+    "python train_stage1.py": Typed(
+        "out/stage1/metrics.jsonl out/stage1/student.safetensors out/stage1/disc.safetensors "
+        "out/stage1/pytorch_lora_weights.safetensors out/stage1/merged/config.json", "from step 0", STEP),
+    "python train_stage2.py": Typed(
+        "out/stage2/metrics.jsonl out/stage2/student.safetensors out/stage2/merged/config.json",
+        "from step 0", STEP),
+    "python engine.py out/stage1/metrics.jsonl plot.png": Typed("plot.png"),
+    "python train_stage2.py --stage1 none --adv_weight 0 ...": Typed(
+        "out/lcm/metrics.jsonl out/lcm/merged/config.json", "from step 0", STEP),
+    "python train_stage1.py --discriminator unet --train all ...": Typed(
+        "out/sfv/metrics.jsonl out/sfv/merged/config.json", "from step 0", STEP),
+    # -- Real videos
+    "python data.py check VIDEOS --out good.jsonl": Typed("good.jsonl good.bad.jsonl", "2 .* 1 are not"),
+    "python data.py preview VIDEOS --out sheet.png": Typed("sheet.png", "wrote sheet.png", "--num_clips 2"),
+    "python data.py encode VIDEOS --model SVD --out SHARDS": Typed(
+        "SHARDS/index.json SHARDS/shard-000000.safetensors", "wrote SHARDS", "--width 64 --height 64"),
+    'python train_stage1.py --data OpenVid-1M.csv --where "motion score" 2 20 --flip ...': Typed(
+        "out/videos/metrics.jsonl out/videos/merged/config.json", "from step 0", f"{STEP} --workers 1"),
+    # -- With diffusers, PEFT and the hub
+    "python model.py export --model assets/toy --student out/stage2/merged --output_dir out/osv": Typed(
+        "out/osv/README.md out/osv/model_index.json out/osv/unet/diffusion_pytorch_model.safetensors"),
+    "python model.py merge --model assets/toy --student out/stage1 --output_dir out/merged":
+        Typed("out/merged/model_index.json out/merged/unet/diffusion_pytorch_model.safetensors"),
+    "python model.py unmerge --model out/merged --student out/stage1 --output_dir out/plain":
+        Typed("out/plain/model_index.json out/plain/unet/diffusion_pytorch_model.safetensors"),
+    # -- exercises/README.md
+    "python exercises/grade.py": Typed(says=r"0\.0 of 27 points\n\nnext, ex01_karras_grid.py: to be written"),
+    "OSV_IMPL=exercises python -m pytest tests/test_exercises.py -x -k ex01":
+        Typed(fails="NotImplementedError"),
+    "python -c ...": Typed(says=r"\d"),
+    "for m in 1 5; do ...": Typed(
+        "out/m1/metrics.jsonl out/m5/metrics.jsonl", "loss_huber .* s_per_step", STEP),
+    "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
+    "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
+                                        fails="Trying to backward through the graph a second time"),
+}
+
+# Too long for every day. Other tests run most of what is in them.
+SLOW = {
+    # tests/test_toy.py takes fewer steps; this is the CPU minute that the page says
+    "python train_toy.py --quick --output_dir out_toy":
+        Typed("out_toy/model_index.json out_toy/unet/diffusion_pytorch_model.safetensors", "together"),
+    # A minute: it writes a video of 1080p and a list of a million rows first
+    "python bench.py videos --report results/videos.json": Typed("results/videos.json", "1,000,000 rows"),
+    # Twenty minutes, and some. tests/test_exercise_mutations.py has smaller networks
+    "python exercises/capstone.py":
+        Typed("out/capstone/capstone.png out/capstone/capstone.json", "after stage 2, Time Travel Sampler"),
+    "python exercises/capstone.py --stage1_steps 2 ...":
+        Typed("out/capstone/capstone.png out/capstone/capstone.json", "after stage 2, Time Travel Sampler"),
+    # Ten seconds even with STEP: stage 2 three times more
+    "for decay in 0 0.95 1; do ...": Typed(
+        "out/ema0/metrics.jsonl out/ema0.95/metrics.jsonl out/ema1/metrics.jsonl", "loss_huber", STEP),
+    # Seconds, but tests/test_exercise_mutations.py grades a class as well
+    "python exercises/grade.py submissions --csv grades.csv": Typed("grades.csv", r"ada +0\.0"),
+}
+
+LEFT_OUT = {
+    # The network
+    "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid": "9 GB of weights",
+    "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid-xt ...": "the same",
+    "git clone <this repository> osv && cd osv": "network; the reader puts an address in",
+    "make .venv/dev": "network: installs packages",
+    # GPUs
+    "python train_toy.py": "half an hour of a GPU",
+    "python train_toy.py --stages report --report_clips 256 ...": "a GPU; tests/test_toy.py has 4 clips",
+    "torchrun --standalone --nproc_per_node=2 train_stage1.py": "two GPUs; tests/test_training.py has CPUs",
+    "torchrun --standalone --nproc_per_node=8 train_stage1.py ...": "eight GPUs, SVD, OpenVid-1M",
+    "torchrun --standalone --nproc_per_node=2 train_stage2.py ...": "two GPUs, SVD, OpenVid-1M",
+    "python tests/full_size_parity.py ...": "a GPU with 60 GB",
+    # Here it makes no sense
+    "make test": "is what runs this test",
+    "source .venv/bin/activate": "each command here has a shell of its own, with the PATH that this gives",
+    "the last but one of 100 levels: ...": "no command: what a grader says",
+    "Hint: ...": "no command: what a grader says",
+}
+
+# In the snippets, what --steps 1 is on the command line, and a smaller picture for diffusers.
+SHORTER = {"karras_sigmas(25)": "karras_sigmas(1)", "size = 128, 128": "size = 64, 64"}
+CHECKS = """
+assert x0.shape == (1, 14, 4, 16, 16) and x0.isfinite().all()
+assert len(video) == len(again) == 14 and video[0].size == size
+assert any("lora" in name for name, _ in pipe.unet.named_parameters())
+"""
+
+
+# ---- what is on the pages -------------------------------------------------------------------------------
+
+
+def text_of(page):
+    return (ROOT / page).read_text()
+
+
+def commands(page):
+    """The lines of indented code blocks, of which some stand in lists; continued ones joined, no comments."""
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S).replace("\\\n", "")
+    for block in re.findall(r"(?<=\n\n)(?: {4,}\S.*\n)+", text):
+        for line in block.splitlines():
+            yield re.sub(r"\s{2,}# .*", "", line).strip()
+
+
+def keys(command):
+    """Those of all tables that mean this command, the longest first."""
+    words = " ".join(command.split())
+    found = [key for key in (*TYPED, *SLOW, *LEFT_OUT)
+             if words == key or key.endswith("...") and words.startswith(key[:-3].strip())]
+    return sorted(found, key=len, reverse=True)
+
+
+def test_each_command_is_in_one_table():
+    found = [(page, command) for page in PAGES for command in commands(page)]
+    assert len(found) > 50
+    assert not TYPED.keys() & SLOW.keys() and not (TYPED | SLOW).keys() & LEFT_OUT.keys()
+    unknown = [f"{page}: {command}" for page, command in found if not keys(command)]
+    assert not unknown, "say in tests/test_commands.py what to do with " + "\n".join(unknown)
+    stale = {*TYPED, *SLOW, *LEFT_OUT} - {keys(command)[0] for _, command in found}
+    assert not stale, f"on no page: {stale}"
+    fences = {fence for page in PAGES for fence in re.findall(r"^ *```(\w.*)", text_of(page), re.M)}
+    assert fences == {"python", "bibtex"}                       # commands in any other would not be found
+
+
+# ---- where they are typed -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the repository with what the reader brings: .folder, .environment."""
+    folder = tmp_path_factory.mktemp("readme") / "osv"
+    for part in ("assets", "exercises", "results", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    for file in ROOT.iterdir():                                 # but not what a reader has let lie there
+        if file.suffix in (".py", ".txt", ".toml") or file.name == "Makefile":
+            shutil.copy(file, folder)
+    shutil.copy(folder / "assets/input.png", folder / "in.png")
+    (folder / "photos").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(folder / "assets/input.png", folder / "photos" / f"{name}.png")
+    for name in ("VIDEOS", "video"):                            # the second as OpenVid-1M has it
+        (folder / name).mkdir()
+        for i in range(2):
+            write(folder / name / f"{i}.mp4", at_rate(10))
+    (folder / "VIDEOS/2.mp4").write_text("no video")
+    (folder / "OpenVid-1M.csv").write_text("video,motion score\n0.mp4,3.5\n1.mp4,5\nmissing.mp4,1\n")
+    (folder / "SVD").symlink_to("assets/toy")
+    (folder / "submissions/ada").mkdir(parents=True)
+    shutil.copy(folder / "exercises/ex01_karras_grid.py", folder / "submissions/ada")
+
+    bin = folder / ".venv/bin"
+    bin.mkdir(parents=True)
+    for stamp in ("run", "dev"):                                # `make` finds everything set up
+        (folder / ".venv" / stamp).touch()
+    python = [sys.executable] if ALL else [sys.executable, "-IS", str(folder / "tests/forked.py")]
+    (bin / "python").write_text(f'#!/bin/sh\nexec {shlex.join(python)} "$@"\n')
+    (bin / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    if ALL:
+        yield SimpleNamespace(folder=folder, environment=environment)
+        return
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
+        environment["OSV_FORKS"] = f"{short}/forks"
+        listener.bind(environment["OSV_FORKS"])
+        listener.listen()
+        server = subprocess.Popen([*python[:1], python[-1], "--serve", str(listener.fileno())], cwd=folder,
+                                  env=environment, pass_fds=[listener.fileno()], start_new_session=True)
+        listener.close()                                        # if the server dies nobody shall wait for it
+        yield SimpleNamespace(folder=folder, environment=environment)
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def opens(file):
+    """It is of the kind that its name says; videos move, pictures are not of one colour."""
+    match file.suffix:
+        case ".mp4":
+            with av.open(str(file)) as video:
+                return len({frame.to_ndarray().tobytes() for frame in video.decode(video=0)}) > 1
+        case ".gif":
+            return Image.open(file).n_frames > 1
+        case ".png":
+            low, high = Image.open(file).convert("L").getextrema()
+            return low < high
+        case ".safetensors":
+            return len(safe_open(file, "pt").keys()) > 0
+        case ".json":
+            return bool(json.loads(file.read_text()))
+        case ".jsonl":
+            return all(map(json.loads, file.read_text().splitlines()))
+        case ".csv":
+            return len(list(csv.DictReader(file.open()))) > 0
+    return file.stat().st_size > 0
+
+
+def type_in(tree, command, expected):
+    files = [tree.folder / name for name in expected.makes.split()]
+    for file in files:
+        file.unlink(missing_ok=True)                            # some are made by several commands
+    if not ALL:                                                 # the last of a flag's values counts
+        command = command.replace("; done", f" {expected.adds}; done") if "; done" in command \
+            else f"{command} {expected.adds}"
+    run = subprocess.run(["bash", "-ec", command], cwd=tree.folder, env=tree.environment, text=True,
+                         stdin=subprocess.DEVNULL, capture_output=True)
+    said = f"$ {command}\n{run.stdout}\n{run.stderr}"
+    assert re.search(expected.says, run.stdout), said
+    if expected.fails:
+        assert run.returncode == 1 and expected.fails in run.stdout + run.stderr, said
+    else:
+        assert run.returncode == 0 and not re.search("^Traceback|warning", run.stderr, re.M | re.I), said
+    missing = [str(file) for file in files if not file.is_file() or not opens(file)]
+    assert not missing, f"{missing} not written by\n{said}"
+
+
+# ---- typed ----------------------------------------------------------------------------------------------
+
+
+def typed(page):
+    for command in commands(page):
+        key = (keys(command) or ["?"])[0]
+        if expected := (TYPED | SLOW).get(key):
+            marks = [pytest.mark.skip("OSV_README=all")] if key in SLOW and not ALL else []
+            yield pytest.param(command, expected, marks=marks, id=" ".join(command.split())[:60])
+
+
+@pytest.mark.parametrize("command, expected", typed("README.md"))
+def test_readme(tree, command, expected):
+    type_in(tree, command, expected)
+
+
+def test_snippets(tree):
+    """One after another, as cells of a notebook."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", "".join(map(text_of, PAGES)), re.M | re.S))
+    for text, shorter in SHORTER.items() if not ALL else ():
+        assert text in code
+        code = code.replace(text, shorter)
+    (tree.folder / "out_snippets.py").write_text(code + CHECKS)
+    type_in(tree, "python out_snippets.py", Typed("out.gif"))
+
+
+@pytest.mark.parametrize("command, expected", typed("exercises/README.md"))
+def test_readme_of_the_exercises(tree, command, expected):
+    type_in(tree, command, expected)
