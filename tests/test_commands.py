@@ -130,6 +130,8 @@ LEFT_OUT = {
     "torchrun --standalone --nproc_per_node=8 train_stage1.py ...": "eight GPUs, SVD, OpenVid-1M",
     "torchrun --standalone --nproc_per_node=2 train_stage2.py ...": "two GPUs, SVD, OpenVid-1M",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
+    "python evaluate.py heads ...": "a GPU; tests/test_discriminator.py has a small one",
+    "python bench.py kernel ...": "a GPU",
     # Here it makes no sense
     "make test": "is what runs this test",
     "source .venv/bin/activate": "each command here has a shell of its own, with the PATH that this gives",
