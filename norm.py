@@ -1,0 +1,254 @@
+"""GroupNorm and the SiLU behind it: what stands in front of the convolutions of SVD.
+
+    GroupNorm, GroupNormSiLU    nn.GroupNorm, its parameters and their names; and silu of the result
+    FusedGroupNorm              the kernels, for channels-last tensors
+
+In channels-last memory a tensor n c h w is, for each n, a table of h w rows of c numbers. So the norm that
+sees each frame alone, (b f) c h w, and the one that sees all frames of a clip, b c f s with s the pixels, are
+the same to a kernel: N tables of L rows, one after the other. A group is a few neighbouring columns of them.
+
+The kernels cut a table into chunks of rows, and know nothing of groups while they read: a program sums each
+column of its chunk by itself, and what is left, one row per chunk, is put together per group afterwards. So
+one clip of 32 groups keeps a whole GPU busy, and the order of each sum is fixed.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                 # not on this platform: the PyTorch expression does it all
+    triton = None
+
+PROGRAMS = 2112                 # a table is cut so that there are about so many: 16 for each SM of an H100
+BLOCK = 128                     # at most so many columns per program: whole cache lines
+TILE = 2048                     # numbers of a tile, 16 for each thread
+AT_ONCE = 4                     # tiles whose reads are under way together
+
+if triton:
+
+    @triton.jit
+    def _piece(program, L, C, rows, chunks, BLOCK: tl.constexpr):
+        """What a program works on: number of the table, first row, rows, columns. Programs next to each other
+        share rows, and with them pages of memory."""
+        blocks = C // BLOCK
+        n, first = program // blocks // chunks, program // blocks % chunks * rows
+        c = program % blocks * BLOCK + tl.arange(0, BLOCK)
+        return n.to(tl.int64), first, tl.minimum(rows, L - first), c
+
+    @triton.jit
+    def _moments_kernel(x, means, squares, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                        AT_ONCE: tl.constexpr):
+        """Each column of a chunk: its mean, and the sum of squared deviations from it. Sums are of deviations
+        from a pivot, the mean of the first rows, so that nothing cancels where the mean is large."""
+        n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
+        row = tl.arange(0, ROWS)[:, None]
+        x += (n * L + first) * C                                # a chunk fits 32 bits, a table may not
+        at = row * C + c[None]
+        pivot = tl.load(x + at, row < count, 0.0).to(tl.float32)
+        pivot = tl.sum(pivot, axis=0) / tl.minimum(count, ROWS)
+        total, square = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+        for done in range(0, count, ROWS * AT_ONCE):
+            for more in tl.static_range(AT_ONCE):
+                there = row < count - done - more * ROWS
+                value = tl.load(x + more * ROWS * C + at, there, 0.0).to(tl.float32)
+                value = tl.where(there, value - pivot[None], 0.0)
+                total += value
+                square += value * value
+            x += ROWS * AT_ONCE * C
+        total, square = tl.sum(total, axis=0), tl.sum(square, axis=0)
+        at = (n * chunks + first // rows) * C + c
+        tl.store(means + at, pivot + total / count)
+        tl.store(squares + at, square - total * total / count)
+
+    @triton.jit
+    def _rows_of(chunk, column, L, rows, chunks, size):
+        """Which columns of which chunks there are, and how many rows they have, else 0."""
+        there = column < tl.where(chunk < chunks, size, 0)
+        return there, tl.where(there, tl.minimum(rows, L - chunk * rows), 0)
+
+    @triton.jit
+    def _statistics_kernel(means, squares, mean, rstd, eps, L, C, rows, chunks, size,
+                           CHUNKS: tl.constexpr, SIZE: tl.constexpr):
+        """One program: the mean of a group, `size` columns, and one over its standard deviation, from the
+        moments of the chunks. Again about a pivot first; then the mean of all is known."""
+        program = tl.program_id(0)
+        groups = C // size
+        at = (program // groups).to(tl.int64) * chunks * C + program % groups * size
+        chunk, column = tl.arange(0, CHUNKS)[:, None], tl.arange(0, SIZE)[None]
+        pivot = tl.load(means + at)
+        total, square = tl.zeros([CHUNKS, SIZE], tl.float32), tl.zeros([CHUNKS, SIZE], tl.float32)
+        for done in range(0, chunks, CHUNKS):
+            there, count = _rows_of(done + chunk, column, L, rows, chunks, size)
+            total += count * (tl.load(means + at + (done + chunk) * C + column, there, 0.0) - pivot)
+        centre = pivot + tl.sum(total) / L / size
+        for done in range(0, chunks, CHUNKS):
+            there, count = _rows_of(done + chunk, column, L, rows, chunks, size)
+            away = tl.load(means + at + (done + chunk) * C + column, there, 0.0) - centre
+            square += tl.load(squares + at + (done + chunk) * C + column, there, 0.0) + count * away * away
+        variance = tl.maximum(tl.sum(square) / L / size, 0.0)
+        tl.store(mean + program, centre)
+        tl.store(rstd + program, 1 / tl.sqrt(variance + eps))
+
+    @triton.jit
+    def _of_columns(values, n, c, C, size):
+        """One number per group -> that of each column, 1 BLOCK."""
+        return tl.load(values + n * (C // size) + c // size)[None]
+
+    @triton.jit
+    def _parameters(weight, bias, c):
+        return tl.load(weight + c).to(tl.float32)[None], tl.load(bias + c).to(tl.float32)[None]
+
+    @triton.jit
+    def _forward_kernel(x, weight, bias, mean, rstd, out, L, C, rows, chunks, size,
+                        ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
+        """Last chunk first: it is what the moments' kernel has left in the cache."""
+        n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
+        row = tl.arange(0, ROWS)[:, None]
+        x += (n * L + first) * C
+        out += (n * L + first) * C
+        at = row * C + c[None]
+        weight, bias = _parameters(weight, bias, c)
+        centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size) * weight
+        for done in range(0, count, ROWS):
+            there = row < count - done
+            value = (tl.load(x + at, there, 0.0).to(tl.float32) - centre) * scale + bias
+            if SILU:
+                value = value / (1 + tl.exp(-value))
+            tl.store(out + at, value.to(out.dtype.element_ty), there)
+            x += ROWS * C
+            out += ROWS * C
+
+    @triton.jit
+    def _before(x, grad, centre, rstd, weight, bias, SILU: tl.constexpr):
+        """The normalised input, and the gradient in front of the SiLU, whose derivative is s (1 + z (1 - s))
+        with s = sigmoid(z)."""
+        x, grad = (x.to(tl.float32) - centre) * rstd, grad.to(tl.float32)
+        if SILU:
+            z = x * weight + bias
+            s = 1 / (1 + tl.exp(-z))
+            grad = grad * s * (1 + z * (1 - s))
+        return x, grad
+
+    @triton.jit
+    def _sums_kernel(x, grad, weight, bias, mean, rstd, sum_grad, sum_grad_x, L, C, rows, chunks, size,
+                     ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SILU: tl.constexpr):
+        """Each column of a chunk: the sums of the gradient in front of the SiLU, and of it times the
+        normalised input."""
+        n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
+        row = tl.arange(0, ROWS)[:, None]
+        x += (n * L + first) * C
+        grad += (n * L + first) * C
+        at = row * C + c[None]
+        weight, bias = _parameters(weight, bias, c)
+        centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size)
+        plain, times_x = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+        for done in range(0, count, ROWS * AT_ONCE):
+            for more in tl.static_range(AT_ONCE):
+                there = row < count - done - more * ROWS
+                value, g = _before(tl.load(x + more * ROWS * C + at, there, 0.0),
+                                   tl.load(grad + more * ROWS * C + at, there, 0.0),
+                                   centre, scale, weight, bias, SILU)
+                plain += g                                      # 0 where there is no row
+                times_x += g * value
+            x += ROWS * AT_ONCE * C
+            grad += ROWS * AT_ONCE * C
+        at = (n * chunks + first // rows) * C + c
+        tl.store(sum_grad + at, tl.sum(plain, axis=0))
+        tl.store(sum_grad_x + at, tl.sum(times_x, axis=0))
+
+    @triton.jit
+    def _backward_kernel(x, grad, weight, bias, mean, rstd, plain, times_x, grad_x, L, C, rows, chunks, size,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
+        """The gradient of the input. `plain` and `times_x` are the means of a group's sums, weights included:
+        what the gradient loses because mean and standard deviation move with the input."""
+        n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
+        row = tl.arange(0, ROWS)[:, None]
+        x += (n * L + first) * C
+        grad += (n * L + first) * C
+        grad_x += (n * L + first) * C
+        at = row * C + c[None]
+        weight, bias = _parameters(weight, bias, c)
+        centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size)
+        plain, times_x = _of_columns(plain, n, c, C, size), _of_columns(times_x, n, c, C, size)
+        for done in range(0, count, ROWS):
+            there = row < count - done
+            value, g = _before(tl.load(x + at, there, 0.0), tl.load(grad + at, there, 0.0),
+                               centre, scale, weight, bias, SILU)
+            value = scale * (g * weight - plain - value * times_x)
+            tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), there)
+            x += ROWS * C
+            grad += ROWS * C
+            grad_x += ROWS * C
+
+
+def cut(x):
+    """How the tables of x are cut: columns per program, rows per tile, rows per chunk, chunks per table."""
+    n, c, h, w = x.shape
+    block = min(c & -c, BLOCK)                      # the largest power of two that divides c
+    tile = TILE // block
+    chunks = max(1, PROGRAMS // max(1, n * c // block))
+    rows = triton.cdiv(triton.cdiv(h * w, chunks), tile) * tile
+    return block, tile, rows, triton.cdiv(h * w, rows)
+
+
+class FusedGroupNorm(torch.autograd.Function):
+    """The kernels, on channels-last CUDA tensors (and on CPU tensors in Triton's interpreter, as CI runs
+    them). x is read twice forward, x and the gradient twice backward. The arithmetic is fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        (n, c, h, w), (block, tile, rows, chunks) = x.shape, cut(x)
+        assert x.is_contiguous(memory_format=torch.channels_last), f"strides {x.stride()}: not channels-last"
+        assert rows * c < 2 ** 31, f"{[*x.shape]}: too large"
+        L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
+        columns = triton.next_power_of_2(size)
+        parts, out = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
+        mean, rstd = x.new_empty(2, n, groups, dtype=torch.float32)
+        _moments_kernel[grid](x, *parts, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
+        _statistics_kernel[n * groups,](
+            *parts, mean, rstd, eps, L, c, rows, chunks, size,
+            CHUNKS=max(1, 4 * TILE // columns), SIZE=columns, num_warps=8)
+        _forward_kernel[grid](x, weight, bias, mean, rstd, out, L, c, rows, chunks, size,
+                              ROWS=2 * tile, BLOCK=block, SILU=silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.silu = silu
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, mean.shape[1], cut(x)
+        L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        sums, grad_x = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
+        _sums_kernel[grid](x, grad, weight, bias, mean, rstd, *sums, L, c, rows, chunks, size,
+                           ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE, SILU=ctx.silu)
+        sums = sums.sum(2)                                                      # 2 n c
+        means = (sums * weight).view(2, n, groups, size).sum(3) / (L * size)    # 2 n groups
+        _backward_kernel[grid](x, grad, weight, bias, mean, rstd, *means, grad_x, L, c, rows, chunks, size,
+                               ROWS=tile, BLOCK=block, SILU=ctx.silu)
+        grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels; elsewhere, in fp64, in another
+    layout, and under torch.compile, which fuses by itself, it is the PyTorch expression."""
+
+    silu = False
+
+    def forward(self, x):
+        if (triton and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+                and x.is_contiguous(memory_format=torch.channels_last)):
+            return FusedGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
+        x = super().forward(x)
+        return F.silu(x) if self.silu else x
+
+
+class GroupNormSiLU(GroupNorm):
+    """silu(group norm), which is rounded once where the kernels compute it."""
+
+    silu = True

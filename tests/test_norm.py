@@ -1,0 +1,188 @@
+"""The fused GroupNorm in Triton's interpreter (or on a GPU), and the memory layout of the networks."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close_relative, randomize
+from torch import nn
+
+import norm
+from norm import FusedGroupNorm, GroupNorm, GroupNormSiLU, triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")       # to inf, and 1 / inf is 0
+needs_triton = pytest.mark.skipif(triton is None, reason="there is no Triton for this platform")
+# n c h w of frames, and of clips (b c f s), where L is long and n short; odd sizes, one row, one table.
+SHAPES = [(2, 32, 4, 5), (1, 96, 5, 33), (1, 320, 3, 4), (2, 320, 1, 1), (1, 64, 2, 150), (5, 32, 1, 1)]
+
+
+def inputs(shape, dtype=torch.float32, mean=0.0, std=1.0):
+    """x, channels-last, and weight and bias, all of which want gradients."""
+    x = torch.randn(shape, device=DEVICE) * std + mean
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(shape[1], device=DEVICE).to(dtype) for _ in range(2))
+    return [tensor.requires_grad_() for tensor in (x, weight, bias)]
+
+
+def fused(x, weight, bias, silu=True, eps=1e-6):
+    return FusedGroupNorm.apply(x, weight, bias, 32, eps, silu)
+
+
+def expected(x, weight, bias, silu=True, eps=1e-6):
+    """In fp64, by PyTorch."""
+    y = F.group_norm(x.double(), 32, weight.double(), bias.double(), eps)
+    return F.silu(y) if silu else y
+
+
+@pytest.fixture(params=[False, True], ids=["few chunks", "many"])
+def tiles(request, monkeypatch):
+    """Tensors of a test are small: with tiles of four rows the kernels have as much to walk over as they have
+    in a network."""
+    if request.param:
+        for name, value in {"TILE": 128, "BLOCK": 32, "PROGRAMS": 6}.items():
+            monkeypatch.setattr(norm, name, value)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_is_group_norm_and_silu(shape, tiles):
+    """Values and all gradients as in fp64; fp32 keeps 1e-7 of each, and sums of them a few times that. A
+    group of one number has no variance, and x no gradient."""
+    silu = shape[1] != 320
+    x, weight, bias = inputs(shape)
+    y, reference = fused(x, weight, bias, silu), expected(x, weight, bias, silu)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weight, bias), grad)
+    theirs = torch.autograd.grad(reference, (x, weight, bias), grad.double())
+    alone = shape[1] * shape[2] * shape[3] == 32
+    for a, b, atol in zip(ours, theirs, (1e-3 if alone else 1e-5, 1e-5, 1e-5)):     # 1 / std is 1000 then
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=atol)
+
+
+@needs_triton
+@pytest.mark.parametrize("mean, std", [(1000.0, 1.0), (-3.0, 1e-3)])
+def test_kernel_keeps_a_small_deviation_from_a_large_mean(mean, std, tiles):
+    """Sums of squares would lose it: 1000^2 in fp32 is known to 0.06. What is left is the rounding of the
+    mean, of which the input itself has as much."""
+    x, weight, bias = inputs((2, 64, 6, 11), mean=mean, std=std)
+    y, reference = fused(x, weight, bias), expected(x, weight, bias)
+    atol = 1e-5 + 4 * abs(mean) / std * 2 ** -24
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=atol)
+    grad = torch.randn_like(y)
+    ours, = torch.autograd.grad(y, x, grad)
+    theirs, = torch.autograd.grad(reference, x, grad.double())
+    torch.testing.assert_close(ours * std, theirs.float() * std, rtol=1e-4, atol=10 * atol)
+
+
+@needs_triton
+def test_kernel_survives_an_outlier_in_front():
+    """The pivot is the mean of the first rows; one that is far off costs little."""
+    x, weight, bias = inputs((1, 32, 40, 16))
+    with torch.no_grad():
+        x[:, :, 0, 0] = 1000
+    assert_close_relative(fused(x, weight, bias), expected(x, weight, bias), 1e-6)
+    y = fused(x, weight, bias, False)[:, :, 1:]
+    torch.testing.assert_close(y.double(), expected(x, weight, bias, False)[:, :, 1:], rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernel_rounds_once(dtype):
+    """Arithmetic is fp32: the error is that of one rounding of the result, also behind the SiLU. (To bf16 the
+    interpreter does not round, it cuts off.)"""
+    x, weight, bias = inputs((2, 64, 5, 4), dtype)
+    y, reference = fused(x, weight, bias), expected(x, weight, bias)
+    eps = torch.finfo(dtype).eps / 2 * (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), reference, rtol=1.01 * eps, atol=2e-5)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weight, bias), grad)
+    theirs = torch.autograd.grad(reference, (x, weight, bias), grad.double())
+    for a, b in zip(ours, theirs):
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a.double(), b.double(), rtol=2.02 * eps, atol=1e-4)     # theirs, too
+
+
+@needs_triton
+def test_half_precision_network_may_have_fp32_parameters():
+    x, weight, bias = inputs((2, 64, 3, 3))
+    y = fused(x.detach().bfloat16(), weight, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected(x.bfloat16(), weight, bias), rtol=2 ** -7, atol=1e-5)
+    y.float().sum().backward()
+    assert weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Input #[012] requires gradient and is not a double")
+def test_kernel_gradcheck():
+    """Against finite differences, no formula of ours or PyTorch's: wide steps, since it is fp32."""
+    x, weight, bias = inputs((1, 64, 1, 2))
+    assert torch.autograd.gradcheck(lambda *tensors: fused(*tensors, eps=0.1), (x, weight, bias), eps=1e-2,
+                                    atol=1e-2, rtol=1e-2, nondet_tol=0.0, fast_mode=True)
+
+
+@needs_triton
+def test_kernel_is_bitwise_repeatable():
+    x, weight, bias = inputs((2, 96, 7, 5))
+    grad = torch.randn_like(x)
+    results = []
+    for _ in range(2):
+        y = fused(x, weight, bias)
+        results.append((y, *torch.autograd.grad(y, (x, weight, bias), grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@needs_triton
+def test_kernel_takes_gradients_of_any_layout():
+    x, weight, bias = inputs((2, 64, 3, 5))
+    y, grad = fused(x, weight, bias), torch.randn(2, 64, 3, 5, device=DEVICE)
+    first, second = (torch.autograd.grad(y, x, g, retain_graph=True)[0]
+                     for g in (grad, grad.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(first, second)
+    with pytest.raises(AssertionError, match="not channels-last"):
+        fused(x.detach().contiguous(), weight, bias)
+
+
+@needs_triton
+def test_a_clip_is_a_view_of_its_frames():
+    """(b f) c h w -> b c f s moves nothing, and is channels-last again: the same kernel, other tables."""
+    x, weight, bias = inputs((6, 64, 2, 5))
+    clips = x.unflatten(0, (2, 3)).transpose(1, 2).flatten(3)
+    assert clips.data_ptr() == x.data_ptr() and clips.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused(clips, weight, bias).double(), expected(clips, weight, bias),
+                               rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_no_frames_are_no_error():
+    x, weight, bias = inputs((0, 64, 4, 4))
+    fused(x, weight, bias).sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes 16 GB of GPU memory")
+@pytest.mark.parametrize("shape", [(25, 256, 576, 1024), (1, 256, 25, 576 * 1024)])
+@torch.no_grad()
+def test_more_elements_than_32_bits_can_count(shape):
+    """The VAE's widest norms, 25 frames of 1024x576. Each row but for its number is one of 64."""
+    pattern, weight, bias = inputs((1, 256, 1, 64), torch.bfloat16)
+    x = pattern.repeat(shape[0], 1, shape[2], shape[3] // 64).contiguous(memory_format=torch.channels_last)
+    y = fused(x, weight, bias)
+    assert y.numel() > 2 ** 31
+    torch.testing.assert_close(y[-1:, :, -1:, -64:].double(), expected(pattern, weight, bias),
+                               rtol=0.004, atol=1e-4)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_module_is_pytorchs(silu):
+    """The same keys, and elsewhere than on CUDA the same expression."""
+    ours, theirs = (GroupNormSiLU if silu else GroupNorm)(32, 64, 1e-5), randomize(nn.GroupNorm(32, 64, 1e-5))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 64, 3, 5)
+    y = F.silu(theirs(x)) if silu else theirs(x)
+    assert torch.equal(ours(x), y)
+    ours, x = ours.to(DEVICE), x.to(DEVICE)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(ours(x.contiguous(memory_format=layout)).cpu(), y, rtol=1e-5, atol=1e-5)
