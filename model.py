@@ -13,8 +13,8 @@
 
 Attribute names are those of the published checkpoint, so that loading is a strict `load_state_dict` with
 no key mapping. Layout inside the networks is (b f) c h w: frames ride in the batch, and every temporal
-layer regroups them by itself. Letters in shape comments: b clips, f frames, c d channels, h w latent size,
-s positions (h w), n any batch.
+layer regroups them by itself, for which nothing moves: in memory, channels come last (channels_last()).
+Letters in shape comments: b clips, f frames, c d channels, h w latent size, s positions (h w), n any batch.
 
 Blattmann et al., "Stable Video Diffusion" (arXiv 2311.15127) describes the networks; the parameterisation
 of their output (EDM with v-prediction) is in solver.py.
@@ -37,6 +37,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from norm import GroupNorm, GroupNormSiLU
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
@@ -54,6 +56,15 @@ class ModelError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------
 # Layers that UNet and VAE share
+
+
+def channels_last(net):
+    """Turns the weights of all convolutions to channels-last memory. A convolution's output follows its
+    weight, and all else here follows its input, so this is where the layout of a whole network is set."""
+    for weight in net.parameters():
+        if weight.ndim > 3:
+            layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+            weight.data = weight.data.contiguous(memory_format=layout)
 
 
 def sinusoid(x, dim):
@@ -92,21 +103,21 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, c_emb=None, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in, eps)
+        self.norm1 = GroupNormSiLU(NORM_GROUPS, c_in, eps)
         self.conv1 = self.conv(c_in, c_out)
         if c_emb:
             self.time_emb_proj = nn.Linear(c_emb, c_out)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out, eps)
+        self.norm2 = GroupNormSiLU(NORM_GROUPS, c_out, eps)
         self.conv2 = self.conv(c_out, c_out)
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb=None):                                             # n c .. .., b d
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         if emb is not None:                                                     # one row per clip
             shift = self.time_emb_proj(F.silu(emb))                             # b c
             h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -263,7 +274,7 @@ class SpatioTemporalTransformer(nn.Module):
 
     def __init__(self, c, num_heads, num_layers, c_context):
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+        self.norm = GroupNorm(NORM_GROUPS, c, 1e-6)
         self.proj_in = nn.Linear(c, c)
         self.transformer_blocks = nn.ModuleList(
             SpatialTransformerBlock(c, num_heads, c_context) for _ in range(num_layers))
@@ -383,8 +394,9 @@ class UNet(nn.Module):
             self.up_blocks.append(UNetBlock(
                 channels_in, c, c_emb, [transformers[i]] * len(channels_in) if kinds[kind] else [], up=i > 0))
 
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-5)
+        self.conv_norm_out = GroupNormSiLU(NORM_GROUPS, c, 1e-5)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+        channels_last(self)
 
     def set_checkpointing(self, on=True):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
@@ -404,7 +416,7 @@ class UNet(nn.Module):
         x = self.mid_block.down(skips[-1], [], num_frames, emb, context)        # whose layers nobody skips to
         for block in self.up_blocks:
             x = block.up(x, skips, num_frames, emb, context)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 4 h w
+        x = self.conv_out(self.conv_norm_out(x))                                # (b f) 4 h w
         return rearrange(x, "(b f) c h w -> b f c h w", f=num_frames).to(dtype_in)
 
     def encode(self, x, c_noise, image_embeds, time_ids):
@@ -439,7 +451,7 @@ class ImageAttention(Attention):
 
     def __init__(self, c):
         super().__init__(c, bias=True)
-        self.group_norm = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+        self.group_norm = GroupNorm(NORM_GROUPS, c, 1e-6)
 
     def forward(self, x):                                                       # n c h w
         h = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"))
@@ -479,14 +491,14 @@ class Encoder(nn.Module):
             self.down_blocks.append(VAELevel(resnets, down=down))
         c = channels[-1]
         self.mid_block = VAELevel([ResBlock(c, c), ResBlock(c, c)], [ImageAttention(c)])
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
+        self.conv_norm_out = GroupNormSiLU(NORM_GROUPS, c, 1e-6)
         self.conv_out = nn.Conv2d(c, 2 * c_latent, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
         for level in (*self.down_blocks, self.mid_block):
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -503,7 +515,7 @@ class Decoder(nn.Module):
         for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
             resnets = [block(c_out if j else c, c_out) for j in range(num_layers + 1)]
             self.up_blocks.append(VAELevel(resnets, up=[Upsample(c_out)] if i < len(channels) else []))
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, channels[-1], 1e-6)
+        self.conv_norm_out = GroupNormSiLU(NORM_GROUPS, channels[-1], 1e-6)
         self.conv_out = nn.Conv2d(channels[-1], c_image, 3, padding=1)
         self.time_conv_out = TemporalConv(c_image, c_image)
 
@@ -511,7 +523,7 @@ class Decoder(nn.Module):
         x = self.conv_in(x)
         for level in (self.mid_block, *self.up_blocks):
             x = level(x, num_frames)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 3 H W
+        x = self.conv_out(self.conv_norm_out(x))                                # (b f) 3 H W
         height = x.shape[2]
         x = self.time_conv_out(rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames))
         return rearrange(x, "b c f (h w) -> (b f) c h w", h=height)
@@ -536,6 +548,7 @@ class VAE(nn.Module):
         self.encoder = Encoder(in_channels, latent_channels, block_out_channels, layers_per_block)
         self.decoder = Decoder(out_channels, latent_channels, block_out_channels, layers_per_block)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        channels_last(self)
 
     def moments(self, frames):
         """frames [n 3 H W] in [-1, 1] -> mean and log-variance [n 4 h w] of the Gaussian posterior."""
@@ -871,7 +884,8 @@ def load_weights(net, files, where, dtype, device):
         if tensor.shape != expected[key].shape:
             found, right = tuple(tensor.shape), tuple(expected[key].shape)
             raise ModelError(f"{where}: {key} has shape {found}, config.json asks for {right}")
-        tensors[key] = tensor.to(device, dtype, copy=True)         # a copy: the file may change under the map
+        # A copy, since the file may change under the map, in the network's own memory layout.
+        tensors[key] = torch.empty_like(expected[key], dtype=dtype, device=device).copy_(tensor)
     missing = [key for key in expected if key not in tensors]
     if missing:
         more = f", and {len(missing) - 1} more" * (len(missing) > 1)

@@ -11,7 +11,6 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"               # read when a kernel is defined
@@ -39,14 +38,17 @@ def assert_close_relative(actual, expected, tolerance=1e-5):
 
 @torch.no_grad()
 def randomize(net):
-    """Random weights that keep the signal's scale and give each parameter a say, biases and mixers too."""
+    """Random weights that keep the signal's scale and give each parameter a say, biases and mixers too. The
+    same ones whatever the memory layout, which normal_ would follow."""
     for name, parameter in net.named_parameters():
+        mean, std = 0.0, 0.2
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            std = parameter[0].numel() ** -0.5
         elif "mix_factor" in name:
-            nn.init.normal_(parameter)
+            std = 1.0
         else:
-            nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+            mean = float("norm" in name and name.endswith("weight"))
+        parameter.copy_(torch.empty(parameter.shape).normal_(mean, std))
     return net.eval()
 
 

@@ -98,7 +98,7 @@ def test_full_size_defaults_have_svds_parameters_and_norms(ours, theirs, svd, co
     with torch.device("meta"):                                                  # shapes only, no memory
         ours, theirs = ours(), theirs(**svd)
     shapes = [{key: tensor.shape for key, tensor in net.state_dict().items()} for net in (ours, theirs)]
-    norms = [{name: (type(module), module.eps, getattr(module, "num_groups", None))
+    norms = [{name: (isinstance(module, nn.GroupNorm), module.eps, getattr(module, "num_groups", None))
               for name, module in net.named_modules() if isinstance(module, (nn.GroupNorm, nn.LayerNorm))}
              for net in (ours, theirs)]
     assert shapes[0] == shapes[1] and norms[0] == norms[1]
