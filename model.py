@@ -160,7 +160,9 @@ class SpatioTemporalResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the middle axis of x [n s c]."""
+    """Multi-head self-attention among the pixels of each frame, x [b f s c]."""
+
+    heads = "(b f) a s c"
 
     def __init__(self, c, c_context=None, num_heads=1, bias=False):
         super().__init__()
@@ -171,10 +173,16 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x):
-        q, k, v = (rearrange(layer(x), "n s (a c) -> n a s c", a=self.num_heads)
-                   for layer in (self.to_q, self.to_k, self.to_v))              # n heads s c/heads
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(x, "n a s c -> n s (a c)"))
+        q, k, v = (rearrange(layer(x), f"b f s (a c) -> {self.heads}", a=self.num_heads)
+                   for layer in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(out, f"{self.heads} -> b f s (a c)", b=len(x)))
+
+
+class TemporalAttention(Attention):
+    """The same among the frames, each pixel alone."""
+
+    heads = "(b s) a f c"
 
 
 class Downsample(nn.Module):
@@ -239,34 +247,35 @@ class FeedForward(nn.Module):
 class SpatialTransformerBlock(nn.Module):
     """Attention among the pixels of a frame, then to the image embedding, then feed-forward."""
 
+    attention = Attention
+
     def __init__(self, c, num_heads, c_context):
         super().__init__()
         self.norm1 = nn.LayerNorm(c)
-        self.attn1 = Attention(c, num_heads=num_heads)
+        self.attn1 = self.attention(c, num_heads=num_heads)
         self.norm2 = nn.LayerNorm(c)
         self.attn2 = ContextAttention(c, c_context)
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
-    def forward(self, x, context):                                              # n s c,  b 1 d
+    def forward(self, x, context):                                              # b f s c,  b 1 d
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(context).repeat_interleave(len(x) // len(context), 0)    # n 1 c
+        x = x + self.attn2(context)[:, None]                                    # b 1 1 c
         return x + self.ff(self.norm3(x))
 
 
 class TemporalTransformerBlock(SpatialTransformerBlock):
-    """The same along time, each pixel a sequence of its own, with one more feed-forward in front."""
+    """The same along time, with one more feed-forward in front."""
+
+    attention = TemporalAttention
 
     def __init__(self, c, num_heads, c_context):
         super().__init__(c, num_heads, c_context)
         self.norm_in = nn.LayerNorm(c)
         self.ff_in = FeedForward(c)
 
-    def forward(self, x, context, num_frames):                                  # (b f) s c,  b 1 d
-        size = x.shape[1]
-        x = rearrange(x, "(b f) s c -> (b s) f c", f=num_frames)
-        x = super().forward(x + self.ff_in(self.norm_in(x)), context)
-        return rearrange(x, "(b s) f c -> (b f) s c", s=size)
+    def forward(self, x, context):
+        return super().forward(x + self.ff_in(self.norm_in(x)), context)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -285,15 +294,14 @@ class SpatioTemporalTransformer(nn.Module):
         self.proj_out = nn.Linear(c, c)
 
     def forward(self, x, num_frames, context):                                  # (b f) c h w
-        residual, (height, _), num_clips = x, x.shape[-2:], len(context)
+        residual, height = x, x.shape[2]
         frame = torch.arange(num_frames, device=x.device)
-        position = self.time_pos_embed(sinusoid(frame, x.shape[1]).to(x.dtype))             # f c
-        position = repeat(position, "f c -> (b f) 1 c", b=num_clips)
-        x = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))       # (b f) s c
+        position = self.time_pos_embed(sinusoid(frame, x.shape[1]).to(x.dtype))[:, None]    # f 1 c
+        x = self.proj_in(rearrange(self.norm(x), "(b f) c h w -> b f (h w) c", f=num_frames))       # b f s c
         for spatial_block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks):
             x = spatial_block(x, context)
-            x = self.time_mixer(x, temporal_block(x + position, context, num_frames))
-        return residual + rearrange(self.proj_out(x), "n (h w) c -> n c h w", h=height)
+            x = self.time_mixer(x, temporal_block(x + position, context))
+        return residual + rearrange(self.proj_out(x), "b f (h w) c -> (b f) c h w", h=height)
 
 
 class UNetBlock(nn.Module):
@@ -454,8 +462,8 @@ class ImageAttention(Attention):
         self.group_norm = GroupNorm(NORM_GROUPS, c, 1e-6)
 
     def forward(self, x):                                                       # n c h w
-        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"))
-        return x + rearrange(h, "n (h w) c -> n c h w", h=x.shape[2])
+        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c"))
+        return x + rearrange(h, "n 1 (h w) c -> n c h w", h=x.shape[2])
 
 
 class VAELevel(nn.Module):

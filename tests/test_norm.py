@@ -1,10 +1,13 @@
 """The fused GroupNorm in Triton's interpreter (or on a GPU), and the memory layout of the networks."""
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_relative, randomize
+from conftest import assert_close_relative, randomize, unet_config, vae_config
 from torch import nn
 
+import model
 import norm
 from norm import FusedGroupNorm, GroupNorm, GroupNormSiLU, triton
 
@@ -186,3 +189,40 @@ def test_module_is_pytorchs(silu):
     ours, x = ours.to(DEVICE), x.to(DEVICE)
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.testing.assert_close(ours(x.contiguous(memory_format=layout)).cpu(), y, rtol=1e-5, atol=1e-5)
+
+
+# ---- memory layout --------------------------------------------------------------------------------------
+
+
+def watch(net):
+    """Hooks that note which convolutions and norms ran, and what they got or gave that is not channels-last.
+    (The input of the first convolution comes from outside.)"""
+    ran, wrong = [], {}
+
+    def look(module, given, out, name):
+        ran.append(name)
+        for what, x in {"in": given[0], "out": out}.items():
+            if not x.is_contiguous(memory_format=torch.channels_last) and f"{name} {what}" != "conv_in in":
+                wrong[f"{name} {what}"] = x.shape, x.stride()
+
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.GroupNorm)):
+            module.register_forward_hook(partial(look, name=name))
+    return ran, wrong
+
+
+@torch.no_grad()
+def test_networks_stay_channels_last(tmp_path):
+    """Between frames, clips and tokens, through skips and resizes, and after loading, saving and casting: no
+    convolution gets anything else, which would be converted first, and no norm, which would be slow."""
+    model.save_unet(randomize(model.UNet(**unet_config())), tmp_path / "unet")
+    model.save_vae(randomize(model.VAE(**vae_config())), tmp_path / "vae")
+    unet = model.load_unet(tmp_path, dtype=torch.bfloat16).to(DEVICE)
+    vae = model.load_vae(tmp_path).to(DEVICE).bfloat16()
+    watched = [watch(net) for net in (unet, vae.encoder, vae.decoder)]
+    x, *rest = torch.randn(2, 3, 8, 8, 16), torch.randn(2), torch.randn(2, 1, 24), torch.rand(2, 3)
+    unet(x.to(DEVICE), *(tensor.to(DEVICE) for tensor in rest))
+    vae.encode(torch.randn(2, 3, 32, 16, device=DEVICE))
+    vae.decode(torch.randn(6, 4, 4, 6, device=DEVICE), 3)
+    for ran, wrong in watched:
+        assert len(ran) > 20 and not wrong
