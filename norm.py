@@ -204,11 +204,12 @@ class FusedGroupNorm(torch.autograd.Function):
         assert rows * c < 2 ** 31, f"{[*x.shape]}: too large"
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         columns = triton.next_power_of_2(size)
-        parts, out = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
-        mean, rstd = x.new_empty(2, n, groups, dtype=torch.float32)
-        _moments_kernel[grid](x, *parts, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
+        means, squares = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
+        mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
+        out = torch.empty_like(x)
+        _moments_kernel[grid](x, means, squares, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
         _statistics_kernel[n * groups,](
-            *parts, mean, rstd, eps, L, c, rows, chunks, size,
+            means, squares, mean, rstd, eps, L, c, rows, chunks, size,
             CHUNKS=max(1, 4 * TILE // columns), SIZE=columns, num_warps=8)
         _forward_kernel[grid](x, weight, bias, mean, rstd, out, L, c, rows, chunks, size,
                               ROWS=2 * tile, BLOCK=block, SILU=silu)
@@ -223,25 +224,25 @@ class FusedGroupNorm(torch.autograd.Function):
         (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, mean.shape[1], cut(x)
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        sums, grad_x = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
-        _sums_kernel[grid](x, grad, weight, bias, mean, rstd, *sums, L, c, rows, chunks, size,
+        plain, times_x = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
+        grad_x = torch.empty_like(x)
+        _sums_kernel[grid](x, grad, weight, bias, mean, rstd, plain, times_x, L, c, rows, chunks, size,
                            ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE, SILU=ctx.silu)
-        sums = sums.sum(2)                                                      # 2 n c
-        means = (sums * weight).view(2, n, groups, size).sum(3) / (L * size)    # 2 n groups
+        plain, times_x = plain.sum(1), times_x.sum(1)                           # n c: columns
+        means = [(weight * part).view(n, groups, size).sum(2) / (L * size) for part in (plain, times_x)]
         _backward_kernel[grid](x, grad, weight, bias, mean, rstd, *means, grad_x, L, c, rows, chunks, size,
                                ROWS=tile, BLOCK=block, SILU=ctx.silu)
-        grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, times_x.sum(0).to(weight.dtype), plain.sum(0).to(bias.dtype), None, None, None
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels; elsewhere, in fp64, in another
-    layout, and under torch.compile, which fuses by itself, it is the PyTorch expression."""
+    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels, under torch.compile too, which takes
+    them as they are; elsewhere, in fp64 and in another layout it is the PyTorch expression."""
 
     silu = False
 
     def forward(self, x):
-        if (triton and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+        if (triton and x.is_cuda and x.dtype != torch.float64
                 and x.is_contiguous(memory_format=torch.channels_last)):
             return FusedGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
         x = super().forward(x)

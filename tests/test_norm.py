@@ -191,6 +191,19 @@ def test_module_is_pytorchs(silu):
         torch.testing.assert_close(ours(x.contiguous(memory_format=layout)).cpu(), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="compiling the kernels takes a GPU")
+def test_module_compiles_as_one_graph():
+    net, (x, _, _) = GroupNormSiLU(32, 64).to(DEVICE), inputs((2, 64, 8, 8))
+    compiled, grad = torch.compile(net, fullgraph=True), torch.randn_like(x)
+    results = []
+    for call in (net, compiled):
+        y = call(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        results.append((y, *torch.autograd.grad(y, (x, *net.parameters()), grad)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 # ---- memory layout --------------------------------------------------------------------------------------
 
 
