@@ -59,12 +59,11 @@ class ModelError(ValueError):
 
 
 def channels_last(net):
-    """Turns the weights of all convolutions to channels-last memory. A convolution's output follows its
+    """Puts the channels of all convolutions' weights last in memory. A convolution's output follows its
     weight, and all else here follows its input, so this is where the layout of a whole network is set."""
     for weight in net.parameters():
         if weight.ndim > 3:
-            layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
-            weight.data = weight.data.contiguous(memory_format=layout)
+            weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def sinusoid(x, dim):

@@ -30,8 +30,8 @@ if triton:
 
     @triton.jit
     def _piece(program, L, C, rows, chunks, BLOCK: tl.constexpr):
-        """What a program works on: number of the table, first row, rows, columns. Programs next to each other
-        share rows, and with them pages of memory."""
+        """What a program works on: number of the table, first row, number of rows, columns. Programs next to
+        each other share rows, and with them pages of memory."""
         blocks = C // BLOCK
         n, first = program // blocks // chunks, program // blocks % chunks * rows
         c = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -44,7 +44,7 @@ if triton:
         from a pivot, the mean of the first rows, so that nothing cancels where the mean is large."""
         n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
         row = tl.arange(0, ROWS)[:, None]
-        x += (n * L + first) * C                                # a chunk fits 32 bits, a table may not
+        x += (n * L + first) * C                                # in 64 bits, as n is
         at = row * C + c[None]
         pivot = tl.load(x + at, row < count, 0.0).to(tl.float32)
         pivot = tl.sum(pivot, axis=0) / tl.minimum(count, ROWS)
@@ -201,7 +201,6 @@ class FusedGroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps, silu):
         (n, c, h, w), (block, tile, rows, chunks) = x.shape, cut(x)
         assert x.is_contiguous(memory_format=torch.channels_last), f"strides {x.stride()}: not channels-last"
-        assert rows * c < 2 ** 31, f"{[*x.shape]}: too large"
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         columns = triton.next_power_of_2(size)
         means, squares = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
@@ -236,8 +235,8 @@ class FusedGroupNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels, under torch.compile too, which takes
-    them as they are; elsewhere, in fp64 and in another layout it is the PyTorch expression."""
+    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels, in torch.compile as well, which
+    takes them as they are; elsewhere, in fp64 and in another layout it is the PyTorch expression."""
 
     silu = False
 
