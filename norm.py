@@ -132,10 +132,10 @@ if triton:
         return x, grad
 
     @triton.jit
-    def _sums_kernel(x, grad, weight, bias, mean, rstd, sum_grad, sum_grad_x, L, C, rows, chunks, size,
+    def _sums_kernel(x, grad, weight, bias, mean, rstd, sums, L, C, rows, chunks, size,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SILU: tl.constexpr):
-        """Each column of a chunk: the sums of the gradient in front of the SiLU, and of it times the
-        normalised input."""
+        """Each column of a chunk: the sum of the gradient in front of the SiLU, and behind all of these the
+        sums of it times the normalised input."""
         n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
         row = tl.arange(0, ROWS)[:, None]
         x += (n * L + first) * C
@@ -155,14 +155,14 @@ if triton:
             x += ROWS * AT_ONCE * C
             grad += ROWS * AT_ONCE * C
         at = (n * chunks + first // rows) * C + c
-        tl.store(sum_grad + at, tl.sum(plain, axis=0))
-        tl.store(sum_grad_x + at, tl.sum(times_x, axis=0))
+        tl.store(sums + at, tl.sum(plain, axis=0))
+        tl.store(sums + tl.num_programs(0) * BLOCK + at, tl.sum(times_x, axis=0))
 
     @triton.jit
     def _backward_kernel(x, grad, weight, bias, mean, rstd, plain, times_x, grad_x, L, C, rows, chunks, size,
                          ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
-        """The gradient of the input. `plain` and `times_x` are the means of a group's sums, weights included:
-        what the gradient loses because mean and standard deviation move with the input."""
+        """The gradient of the input. `plain` and `times_x` are a group's sums, weights included: what the
+        gradient loses because mean and standard deviation move with the input."""
         n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
         row = tl.arange(0, ROWS)[:, None]
         x += (n * L + first) * C
@@ -171,7 +171,8 @@ if triton:
         at = row * C + c[None]
         weight, bias = _parameters(weight, bias, c)
         centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size)
-        plain, times_x = _of_columns(plain, n, c, C, size), _of_columns(times_x, n, c, C, size)
+        plain = _of_columns(plain, n, c, C, size) / L / size
+        times_x = _of_columns(times_x, n, c, C, size) / L / size
         for done in range(0, count, ROWS):
             there = row < count - done
             value, g = _before(tl.load(x + at, there, 0.0), tl.load(grad + at, there, 0.0),
@@ -223,15 +224,15 @@ class FusedGroupNorm(torch.autograd.Function):
         (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, mean.shape[1], cut(x)
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        plain, times_x = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
-        grad_x = torch.empty_like(x)
-        _sums_kernel[grid](x, grad, weight, bias, mean, rstd, plain, times_x, L, c, rows, chunks, size,
+        sums, grad_x = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
+        _sums_kernel[grid](x, grad, weight, bias, mean, rstd, sums, L, c, rows, chunks, size,
                            ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE, SILU=ctx.silu)
-        plain, times_x = plain.sum(1), times_x.sum(1)                           # n c: columns
-        means = [(weight * part).view(n, groups, size).sum(2) / (L * size) for part in (plain, times_x)]
-        _backward_kernel[grid](x, grad, weight, bias, mean, rstd, *means, grad_x, L, c, rows, chunks, size,
+        sums = sums.sum(2)                                                      # 2 n c
+        of_group = (sums * weight).view(2, n, groups, size).sum(3)             # 2 n groups
+        _backward_kernel[grid](x, grad, weight, bias, mean, rstd, *of_group, grad_x, L, c, rows, chunks, size,
                                ROWS=tile, BLOCK=block, SILU=ctx.silu)
-        return grad_x, times_x.sum(0).to(weight.dtype), plain.sum(0).to(bias.dtype), None, None, None
+        grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class GroupNorm(nn.GroupNorm):
