@@ -13,7 +13,7 @@
 
 Attribute names are those of the published checkpoint, so that loading is a strict `load_state_dict` with
 no key mapping. Layout inside the networks is (b f) c h w: frames ride in the batch, and every temporal
-layer regroups them by itself, for which nothing moves: in memory, channels come last (channels_last()).
+layer regroups them by itself; on a GPU nothing moves for that, since in memory channels come last.
 Letters in shape comments: b clips, f frames, c d channels, h w latent size, s positions (h w), n any batch.
 
 Blattmann et al., "Stable Video Diffusion" (arXiv 2311.15127) describes the networks; the parameterisation
@@ -59,10 +59,10 @@ class ModelError(ValueError):
 
 
 def channels_last(net):
-    """Puts the channels of all convolutions' weights last in memory. A convolution's output follows its
-    weight, and all else here follows its input, so this is where the layout of a whole network is set."""
+    """Where there is a GPU: the channels of all convolutions' weights go last in memory. A convolution's
+    output follows its weight, and all else here follows its input: this sets the layout of the network."""
     for weight in net.parameters():
-        if weight.ndim > 3:
+        if torch.cuda.is_available() and weight.ndim > 3:
             weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

@@ -245,7 +245,7 @@ class GroupNorm(nn.GroupNorm):
         if (triton and x.is_cuda and x.dtype != torch.float64
                 and x.is_contiguous(memory_format=torch.channels_last)):
             return FusedGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
-        x = super().forward(x)
+        x = super().forward(x.contiguous())         # on a CPU, PyTorch's own lets squares cancel otherwise
         return F.silu(x) if self.silu else x
 
 

@@ -191,6 +191,15 @@ def test_module_is_pytorchs(silu):
         torch.testing.assert_close(ours(x.contiguous(memory_format=layout)).cpu(), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_module_keeps_a_small_deviation_from_a_large_mean(layout):
+    """As the kernels do. (PyTorch's group norm of a channels-last CPU tensor subtracts squares of 1e6.)"""
+    net, x = GroupNorm(32, 64).to(DEVICE), 1000 + torch.randn(2, 64, 9, 7, device=DEVICE)
+    y = net(x.contiguous(memory_format=layout))
+    torch.testing.assert_close(y.double(), F.group_norm(x.double(), 32), rtol=1e-4, atol=3e-4)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="compiling the kernels takes a GPU")
 def test_module_compiles_as_one_graph():
     net, (x, _, _) = GroupNormSiLU(32, 64).to(DEVICE), inputs((2, 64, 8, 8))
@@ -225,9 +234,14 @@ def watch(net):
 
 
 @torch.no_grad()
-def test_networks_stay_channels_last(tmp_path):
-    """Between frames, clips and tokens, through skips and resizes, and after loading, saving and casting: no
+def test_networks_stay_channels_last(tmp_path, monkeypatch):
+    """Where there is a GPU, and here as if there were one, whose norms keep the layout, as PyTorch's would.
+
+    Between frames, clips and tokens, through skips and resizes, and after loading, saving and casting: no
     convolution gets anything else, which would be converted first, and no norm, which would be slow."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(GroupNorm, "forward", nn.GroupNorm.forward)
     model.save_unet(randomize(model.UNet(**unet_config())), tmp_path / "unet")
     model.save_vae(randomize(model.VAE(**vae_config())), tmp_path / "vae")
     unet = model.load_unet(tmp_path, dtype=torch.bfloat16).to(DEVICE)
