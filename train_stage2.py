@@ -2,7 +2,8 @@
 OSV (arXiv 2409.11367), Eqs. 8 to 10.
 
     $ python train_stage2.py                                    # after train_stage1.py; toy world
-    $ python train_stage2.py --stage1 none --adv_weight 0 --num_solver_steps 1 --train all      # AnimateLCM
+    $ python train_stage2.py --stage1 none --adv_weight 0 --num_solver_steps 1 --train all \\
+          --output_dir out/lcm                                      # AnimateLCM
 
 Roles: theta = net, theta^- = its average ema, phi = the frozen teacher, psi = disc. The first three are one
 UNet in memory: they share whatever does not train, and engine.swapped puts in the few tensors in which they
