@@ -61,8 +61,10 @@ class ModelError(ValueError):
 def channels_last(net):
     """Where there is a GPU: the channels of all convolutions' weights go last in memory. A convolution's
     output follows its weight, and all else here follows its input: this sets the layout of the network."""
+    if not torch.cuda.is_available():
+        return
     for weight in net.parameters():
-        if torch.cuda.is_available() and weight.ndim > 3:
+        if weight.ndim > 3:
             weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -692,6 +694,7 @@ class LoRAConv2d(nn.Conv2d):
 
 
 def lora_beside(layer, rank, alpha):
+    """What takes the place of a linear layer or a convolution."""
     return (LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear)(layer, rank, alpha)
 
 

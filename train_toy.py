@@ -13,9 +13,9 @@ trained on the toy world of data.py. What they are for, in the order in which th
     python train_toy.py --stages unet report --overwrite    # one stage anew
     torchrun --standalone --nproc_per_node=2 train_toy.py   # two GPUs share unet's clips and batches
 
-Stop it (Ctrl-C, --time_limit) and start it again as you like: a batch is a pure function of (seed, step), a
-checkpoint holds all there is, and a stage whose folder is written is not trained again. With little memory,
-lower the batch sizes.
+Stop it (Ctrl-C, --time_limit) and start it again as you like: a batch is a pure function of (seed, step) and,
+of several processes, which one it is; a checkpoint holds all there is, and a stage whose folder is written is
+not trained again. With little memory, lower the batch sizes.
 
 The honest note: the network in dinov2/ has DINOv2's architecture but not its self-distillation. It is taught
 what the renderer knows: the CLS token lists the scene, and each patch token tells which shapes cover it, its
@@ -86,6 +86,8 @@ args = parser.parse_args()
 
 world, start = engine.start_world(args.device), time.time()
 device = world.device
+if args.unet_batch_size % world.size:
+    parser.error(f"--unet_batch_size {args.unet_batch_size} does not divide by {world.size} processes")
 work = args.output_dir / ".train"
 log_file, report_file = args.log or args.output_dir / "train_log.jsonl", args.report or work / "report.json"
 for folder in (work, log_file.parent, report_file.parent):

@@ -1,5 +1,6 @@
 """The detector, the Frechet distance, and train_toy.py from nothing to a pipeline, interrupted or not."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,20 @@ def test_interrupted_training_goes_on_where_it_stopped(toy, tmp_path):
     assert run.returncode == 0, run.stderr
     whole, parts = (load_file(folder / "image_encoder" / "model.safetensors") for folder in (toy, tmp_path))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_share_the_unet_s_batch(toy, tmp_path):
+    """Each has clips of its own and half of the batch; one of them writes. And a UNet of another shape."""
+    shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("unet", ".train"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "train_toy.py", *TINY, "--output_dir", str(tmp_path / "toy"), "--stages", "unet",
+               "--unet_channels", "64", "32", "--unet_attention", "0", "1"]
+    root = Path(evaluate.__file__).parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("unet: finished") == 1
+    assert model.load_unet(tmp_path / "toy").config["down_block_types"] == [
+        "DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"]
+    run = subprocess.run([*command, "--overwrite", "--unet_batch_size", "3"], cwd=root, capture_output=True,
+                         text=True)
+    assert run.returncode and "does not divide by 2 processes" in run.stderr
