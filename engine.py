@@ -206,8 +206,8 @@ def finite_step(optimizer, parameters, max_norm):
     stepped = bool(norm.isfinite())                 # the one place where a step waits for the device
     if stepped:
         flat *= (max_norm / (norm + 1e-6)).clamp(max=1)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
+        grads = flat.split([p.numel() for p in parameters])
+        torch._foreach_copy_([p.grad for p in parameters], [g.view_as(p) for g, p in zip(grads, parameters)])
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, stepped

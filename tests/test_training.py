@@ -651,6 +651,19 @@ def test_finite_step_clips_as_torch_does(scale):
         assert a.grad is None
 
 
+def test_finite_step_keeps_the_memory_format():
+    """Weights of convolutions are channels-last on a GPU; fused Adam wants gradients that lie as they do."""
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    grad, results = torch.randn_like(weight), []
+    for fused in (False, True):
+        p = torch.nn.Parameter(weight.clone())
+        p.grad = grad.clone()
+        engine.finite_step(torch.optim.Adam([p], fused=fused), [p], 1.0)
+        results.append(p.detach())
+    assert weight.stride() != weight.contiguous().stride() and weight.stride() == results[1].stride()
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_finite_step_refuses(bad):
     parameters = two_parameters()
