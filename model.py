@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from norm import GroupNorm, GroupNormSiLU
+from norm import GroupNorm, GroupNormSiLU, geglu
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
@@ -113,13 +113,16 @@ class ResBlock(nn.Module):
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, emb=None):                                             # n c .. .., b d
+    def change(self, x, emb=None):                                              # n c .. .., b d
+        """What the block adds to its input."""
         h = self.conv1(self.norm1(x))
         if emb is not None:                                                     # one row per clip
             shift = self.time_emb_proj(F.silu(emb))                             # b c
             h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
-        h = self.conv2(self.norm2(h))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return self.conv2(self.norm2(h))
+
+    def forward(self, x, emb=None):
+        return self.change(x, emb) + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class TemporalResBlock(ResBlock):
@@ -135,13 +138,17 @@ class TimeMixer(nn.Module):
         super().__init__()
         self.mix_factor = nn.Parameter(torch.tensor([float(mix_factor)]))
 
+    def alpha(self, x):                                                         # 1, in the dtype of x
+        return self.mix_factor.sigmoid().to(x.dtype)
+
     def forward(self, spatial, temporal):
-        return torch.lerp(temporal, spatial, self.mix_factor.sigmoid().to(spatial.dtype))
+        return torch.lerp(temporal, spatial, self.alpha(spatial))
 
 
 class SpatioTemporalResBlock(nn.Module):
-    """ResBlock on frames, TemporalResBlock on pixels, mixed. The decoder of the VAE stores the mixing weight
-    of the temporal branch instead of the spatial one: `mix_is_temporal`."""
+    """ResBlock on frames, TemporalResBlock on pixels, mixed: alpha x + (1 - alpha) (x + change), which is
+    x + (1 - alpha) change, one pass over memory. The decoder of the VAE stores the mixing weight of the
+    temporal branch instead of the spatial one: `mix_is_temporal`."""
 
     def __init__(self, c_in, c_out, c_emb=None, eps=1e-6, temporal_eps=None, mix_factor=0.5,
                  mix_is_temporal=False):
@@ -153,11 +160,11 @@ class SpatioTemporalResBlock(nn.Module):
 
     def forward(self, x, num_frames, emb=None):
         x = self.spatial_res_block(x, emb)                                      # (b f) c h w
-        size = x.shape[-2:]
-        spatial = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)
-        temporal = self.temporal_res_block(spatial, emb)                        # b c f s
-        pair = (temporal, spatial) if self.mix_is_temporal else (spatial, temporal)
-        return rearrange(self.time_mixer(*pair), "b c f (h w) -> (b f) c h w", h=size[0])
+        height, alpha = x.shape[2], self.time_mixer.alpha(x)
+        x = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)
+        change = self.temporal_res_block.change(x, emb)                         # b c f s
+        x = torch.addcmul(x, change, alpha if self.mix_is_temporal else 1 - alpha)
+        return rearrange(x, "b c f (h w) -> (b f) c h w", h=height)
 
 
 class Attention(nn.Module):
@@ -187,14 +194,16 @@ class TemporalAttention(Attention):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2. padding 1 pads all around (UNet), 0 at bottom and right only (VAE)."""
+    """3x3 convolution with stride 2. padding 1 pads all around (UNet). 2 is for the VAE, which pads by 1 at
+    bottom and right only: that is all but the first row and column of it, and needs no padded copy of x."""
 
     def __init__(self, c, padding):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        x = self.conv(x)
+        return x if self.conv.padding[0] == 1 else x[..., 1:, 1:].clone()       # keeps the memory's layout
 
 
 class Upsample(nn.Module):
@@ -232,8 +241,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -496,7 +504,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
             resnets = [ResBlock(c_out if j else c, c_out) for j in range(num_layers)]
-            down = [Downsample(c_out, padding=0)] if i < len(channels) else []
+            down = [Downsample(c_out, padding=2)] if i < len(channels) else []
             self.down_blocks.append(VAELevel(resnets, down=down))
         c = channels[-1]
         self.mid_block = VAELevel([ResBlock(c, c), ResBlock(c, c)], [ImageAttention(c)])

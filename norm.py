@@ -1,7 +1,9 @@
-"""GroupNorm and the SiLU behind it: what stands in front of the convolutions of SVD.
+"""GroupNorm with the SiLU behind it, and GEGLU, as kernels: what they cost is to read and write memory.
 
     GroupNorm, GroupNormSiLU    nn.GroupNorm, its parameters and their names; and silu of the result
-    FusedGroupNorm              the kernels, for channels-last tensors
+    FusedGroupNorm              their kernels, for channels-last tensors
+    geglu                       the gate of the feed-forwards: half the columns times gelu of the other half
+    FusedGEGLU                  its kernels
 
 In channels-last memory a tensor n c h w is, for each n, a table of h w rows of c numbers. So the norm that
 sees each frame alone, (b f) c h w, and the one that sees all frames of a clip, b c f s with s the pixels, are
@@ -10,6 +12,9 @@ the same to a kernel: N tables of L rows, one after the other. A group is a few 
 The kernels cut a table into chunks of rows, and know nothing of groups while they read: a program sums each
 column of its chunk by itself, and what is left, one row per chunk, is put together per group afterwards. So
 one clip of 32 groups keeps a whole GPU busy, and the order of each sum is fixed.
+
+To geglu all tokens are rows of one table, and a tile of its result takes two tiles of that and nothing else.
+In PyTorch it is two passes, both over halves of rows, which are not contiguous: its slow path.
 """
 import torch
 import torch.nn.functional as F
@@ -183,6 +188,40 @@ if triton:
             grad += ROWS * C
             grad_x += ROWS * C
 
+    @triton.jit
+    def _halves(x, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """A program's tile of a table x of L rows of 2 C numbers: what is in their left halves, what in the
+        right ones, the gates. And where that is in rows of C and of 2 C, from `start` or twice that on."""
+        n, first, count, c = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), BLOCK)      # n is 0
+        row = tl.arange(0, ROWS)[:, None]
+        start = (n * L + first) * C                             # in 64 bits, as n is
+        at, wide, there = row * C + c[None], row * 2 * C + c[None], row < count
+        value = tl.load(x + 2 * start + wide, there, 0.0).to(tl.float32)
+        gate = tl.load(x + 2 * start + wide + C, there, 0.0).to(tl.float32)
+        return value, gate, start, at, wide, there
+
+    @triton.jit
+    def _normal_cdf(x):
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+    @triton.jit
+    def _geglu_kernel(x, out, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        value, gate, start, at, _, there = _halves(x, L, C, ROWS, BLOCK)
+        value = value * (gate * _normal_cdf(gate))
+        tl.store(out + start + at, value.to(out.dtype.element_ty), there)
+
+    @triton.jit
+    def _geglu_backward_kernel(x, grad, grad_x, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """gelu is z P(z), P the normal distribution, and its derivative P(z) + z p(z), p its density."""
+        value, gate, start, at, wide, there = _halves(x, L, C, ROWS, BLOCK)
+        grad = tl.load(grad + start + at, there, 0.0).to(tl.float32)
+        below = _normal_cdf(gate)
+        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+        of_value, of_gate = grad * (gate * below), grad * value * (below + gate * density)
+        grad_x += 2 * start
+        tl.store(grad_x + wide, of_value.to(grad_x.dtype.element_ty), there)
+        tl.store(grad_x + wide + C, of_gate.to(grad_x.dtype.element_ty), there)
+
 
 def cut(x):
     """How the tables of x are cut: columns per program, rows per tile, rows per chunk, chunks per table."""
@@ -236,13 +275,13 @@ class FusedGroupNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels, in torch.compile as well, which
-    takes them as they are; elsewhere, in fp64 and in another layout it is the PyTorch expression."""
+    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels; elsewhere, in fp64 and in another
+    layout it is the PyTorch expression, and for torch.compile, which fuses it with what stands around it."""
 
     silu = False
 
     def forward(self, x):
-        if (triton and x.is_cuda and x.dtype != torch.float64
+        if (triton and not torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64
                 and x.is_contiguous(memory_format=torch.channels_last)):
             return FusedGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
         x = super().forward(x.contiguous())         # on a CPU, PyTorch's own lets squares cancel otherwise
@@ -253,3 +292,42 @@ class GroupNormSiLU(GroupNorm):
     """silu(group norm), which is rounded once where the kernels compute it."""
 
     silu = True
+
+
+class FusedGEGLU(torch.autograd.Function):
+    """The kernels, on CUDA (or on CPU tensors in Triton's interpreter). x is read once forward, x and the
+    gradient once backward, and nothing but x is kept in between. The arithmetic is fp32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        assert x.shape[-1] % 2 == 0, f"shape {tuple(x.shape)}: rows have no halves"
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        FusedGEGLU.launch(_geglu_kernel, x, out)
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        FusedGEGLU.launch(_geglu_backward_kernel, x, grad.contiguous(), grad_x)
+        return grad_x
+
+    @staticmethod
+    def launch(kernel, x, *others):
+        """One program for each tile of the result."""
+        L, C = x.shape[:-1].numel(), x.shape[-1] // 2
+        block = min(C & -C, BLOCK)                  # the largest power of two that divides C
+        rows = TILE // block
+        kernel[triton.cdiv(L, rows) * (C // block),](x, *others, L, C, ROWS=rows, BLOCK=block)
+
+
+def geglu(x):
+    """x [.. 2d] -> its first half times gelu of the second, [.. d]. On CUDA it is the kernels; elsewhere, in
+    fp64 and for torch.compile the PyTorch expression."""
+    if triton and not torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64:
+        return FusedGEGLU.apply(x)
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.gelu(gate)

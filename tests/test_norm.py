@@ -1,15 +1,16 @@
-"""The fused GroupNorm in Triton's interpreter (or on a GPU), and the memory layout of the networks."""
+"""The fused GroupNorm and GEGLU in Triton's interpreter (or on a GPU); memory layout of the networks."""
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_relative, randomize, unet_config, vae_config
+from conftest import assert_close_relative, randomize, relative_error, unet_config, vae_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import model
 import norm
-from norm import FusedGroupNorm, GroupNorm, GroupNormSiLU, triton
+from norm import FusedGEGLU, FusedGroupNorm, GroupNorm, GroupNormSiLU, geglu, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")       # to inf, and 1 / inf is 0
@@ -211,6 +212,150 @@ def test_module_compiles_as_one_graph():
         results.append((y, *torch.autograd.grad(y, (x, *net.parameters()), grad)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+# ---- GEGLU ----------------------------------------------------------------------------------------------
+
+# .. 2d of tokens: SVD's b f s 2d and widths that are no power of two, odd ones, one row, one column.
+HALVES = [(1, 2, 5, 640), (3, 70), (2, 33, 192), (1, 2560), (300, 2), (7, 3, 34)]
+
+
+def expected_geglu(x):
+    """In fp64, by PyTorch."""
+    x, gate = x.double().chunk(2, dim=-1)
+    return x * F.gelu(gate)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", HALVES)
+def test_geglu_kernel_is_pytorchs_expression(shape, tiles):
+    """Values and gradients as in fp64; gates are wide enough to reach both ends of gelu."""
+    x = (3 * torch.randn(shape, device=DEVICE)).requires_grad_()
+    y, reference = FusedGEGLU.apply(x), expected_geglu(x)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(y)
+    ours, = torch.autograd.grad(y, x, grad)
+    theirs, = torch.autograd.grad(reference, x, grad.double())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")          # to inf, and exp(-inf) is 0
+def test_geglu_kernel_far_from_zero():
+    """Where gelu is its argument or 0: no exponential overflows, nothing becomes NaN."""
+    gates = torch.tensor([-1e30, -1e4, -40., -13., -0., 0., 13., 40., 1e4, 1e30], device=DEVICE)
+    x = torch.cat([torch.ones_like(gates), gates]).requires_grad_()
+    y = FusedGEGLU.apply(x)
+    torch.testing.assert_close(y, gates.clamp(min=0), rtol=1e-6, atol=1e-7)
+    grad, = torch.autograd.grad(y.sum(), x)
+    slope = (gates > 0).float() + 0.5 * (gates == 0)
+    torch.testing.assert_close(grad, torch.cat([gates.clamp(min=0), slope]), rtol=1e-6, atol=1e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_geglu_kernel_rounds_once(dtype):
+    """So it is nearer to fp64 than PyTorch's two steps, forward and backward. (To bf16 the interpreter does
+    not round, it cuts off: there the result in fp32 is rounded here.)"""
+    x = torch.randn(40, 384, device=DEVICE).to(dtype).requires_grad_()
+    x64, (hidden, gate) = x.detach().double().requires_grad_(), x.chunk(2, dim=-1)
+    ours, theirs, exact = FusedGEGLU.apply(x), hidden * F.gelu(gate), expected_geglu(x64)
+    assert ours.dtype == dtype
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        ours = FusedGEGLU.apply(x.float()).to(dtype)
+    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
+    grad = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(y, given, grad.to(y.dtype))[0]
+                 for y, given in ((ours, x), (theirs, x), (exact, x64))]
+    for one, other, truth in ((ours, theirs, exact), gradients):
+        assert relative_error(one, truth) < 0.8 * relative_error(other, truth)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
+def test_geglu_kernel_gradcheck():
+    x = torch.randn(3, 12, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(FusedGEGLU.apply, (x,), eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0.0)
+
+
+@needs_triton
+def test_geglu_kernel_takes_any_layout():
+    """Of the input and of the gradient, which are made contiguous; and no tokens at all."""
+    x = torch.randn(6, 64, 5, device=DEVICE).transpose(1, 2).requires_grad_()               # 6 5 64
+    grad = torch.randn(6, 32, 5, device=DEVICE).transpose(1, 2)
+    results = []
+    for given, g in ((x, grad), (x.detach().contiguous().requires_grad_(), grad.contiguous())):
+        y = FusedGEGLU.apply(given)
+        results.append((y, *torch.autograd.grad(y, given, g)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    nothing = torch.empty(2, 0, 64, device=DEVICE, requires_grad=True)
+    y = FusedGEGLU.apply(nothing)
+    y.sum().backward()
+    assert y.shape == (2, 0, 32) and nothing.grad.shape == nothing.shape
+    with pytest.raises(AssertionError, match="no halves"):
+        FusedGEGLU.apply(torch.zeros(2, 5, device=DEVICE))
+
+
+@needs_triton
+def test_geglu_kernel_in_a_checkpointed_layer_with_lora(monkeypatch):
+    """The projection may be anything; what is computed twice is the same. Gradients reach input and LoRA."""
+    net = randomize(model.FeedForward(24)).requires_grad_(False).to(DEVICE)
+    net.net[0].proj = model.lora_beside(net.net[0].proj, 4, 4)
+    nn.init.normal_(net.net[0].proj.lora_B.weight)
+    x, grad = (torch.randn(2, 3, 24, device=DEVICE) for _ in range(2))
+    wanted = [x.requires_grad_(), *(weight for weight in net.parameters() if weight.requires_grad)]
+    assert len(wanted) == 3
+    again, results = partial(checkpoint, net, use_reentrant=False), []
+    for gate, run in ((expected_geglu, net), (FusedGEGLU.apply, net), (FusedGEGLU.apply, again)):
+        monkeypatch.setattr(model, "geglu", lambda x: gate(x).to(x.dtype))
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y, wanted, grad)))
+    for exact, plain, checkpointed in zip(*results):
+        assert torch.equal(plain, checkpointed)
+        assert_close_relative(plain, exact, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_geglu_is_pytorchs(dtype):
+    """Elsewhere than on CUDA, in fp64 and for torch.compile the same expression, bit by bit."""
+    x = torch.randn(3, 5, 68, device=DEVICE).to(dtype)
+    hidden, gate = x.chunk(2, dim=-1)
+    compiled = torch.compile(geglu, backend="eager", fullgraph=True)
+    for function in (compiled,) if DEVICE == "cuda" and dtype != torch.float64 else (geglu, compiled):
+        assert torch.equal(function(x), hidden * F.gelu(gate))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="compares with PyTorch's GPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens, c", [(2304, 320), (1000, 1280), (257, 33)])
+def test_geglu_on_a_gpu(tokens, c, dtype):
+    """SVD's widths, and an odd one, through the module: that on a GPU it is the kernels, and as exact."""
+    tolerance = max(torch.finfo(dtype).eps / 2, 1e-6)
+    net = randomize(model.GEGLU(c, 4 * c)).to(DEVICE, dtype)
+    x = torch.randn(1, 2, tokens, c, device=DEVICE, dtype=dtype)                # b f s c
+    projected = net.proj(x).detach().requires_grad_()
+    y, reference = geglu(projected), expected_geglu(projected)
+    assert torch.equal(y, net(x)) and "FusedGEGLU" in y.grad_fn.name()
+    assert_close_relative(y, reference, tolerance)
+    grad = torch.randn_like(y)
+    ours, = torch.autograd.grad(y, projected, grad)
+    theirs, = torch.autograd.grad(reference, projected, grad.double())
+    assert_close_relative(ours, theirs, tolerance)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes 13 GB of GPU memory")
+def test_geglu_of_more_elements_than_32_bits_can_count():
+    """Rows repeat, so the last ones are known."""
+    pattern = torch.randn(8, 2560, device=DEVICE, dtype=torch.bfloat16)
+    x = pattern.repeat(2 ** 31 // pattern.numel() + 2, 1).requires_grad_()
+    y = FusedGEGLU.apply(x)
+    assert x.numel() > 2 ** 31
+    y.backward(torch.ones_like(y))
+    last = pattern.double().requires_grad_()
+    expected_geglu(last).sum().backward()
+    assert_close_relative(y[-8:], expected_geglu(pattern), 2 ** -8)
+    assert_close_relative(x.grad[-8:], last.grad, 2 ** -8)
 
 
 # ---- memory layout --------------------------------------------------------------------------------------
