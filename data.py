@@ -1,7 +1,7 @@
 """Where clips come from: a toy world, and real videos.
 
 The toy world: procedural clips, 14 frames of 128x128 at 7 fps, in which everything of the paper can be run in
-minutes. One to three textured shapes on a textured background move, turn and bounce off the borders. Their
+minutes. One or two textured shapes on a textured background move, roll and bounce off the borders. Their
 speed is the clip's motion bucket. **The first frame does not tell where they go**, so one image has many
 futures: a one-step teacher answers with their blurred mean, 25 steps with one sharp future. Closing that gap
 is what the paper is about.
@@ -58,22 +58,26 @@ import model
 
 # ---- The toy world --------------------------------------------------------------------------------------
 
-# The world is 128 units wide whatever the picture's size. A kind is (corners, notch, size): the outline runs
-# straight from an outer corner at radius 1 to an inner one at radius `notch`, half a turn / corners further
-# on, and so forth. Regular polygons are stars whose inner corners lie on the chord; a disc has many sides.
+# The world is 128 units wide whatever the picture's size. A kind is (corners, notch, size, pair): the outline
+# runs straight from an outer corner at radius 1 to an inner one at radius `notch`, half a turn / corners
+# further on, and so forth. Regular polygons are stars whose inner corners lie on the chord; a disc has many
+# sides. Each kind has a pair of colours of its own, so that a small network, trained for minutes, can know
+# from a patch of colour what it belongs to, and no two shapes of a clip are of a kind: with every kind in
+# every colour, a star would become a blob on its way.
 WORLD = 128.0
-KINDS = {"disc": (32, 1.0, 0.95), "square": (4, math.cos(math.pi / 4), 1.15),
-         "triangle": (3, math.cos(math.pi / 3), 1.25), "star": (5, 0.5, 1.3)}
+KINDS = {"disc": (32, 1.0, 0.95, 3), "square": (4, math.cos(math.pi / 4), 1.15, 1),
+         "triangle": (3, math.cos(math.pi / 3), 1.25, 0), "star": (5, 0.5, 1.3, 2)}
 COLOURS = ((0.93, 0.26, 0.27), (0.98, 0.53, 0.16), (0.98, 0.80, 0.22), (0.42, 0.75, 0.31),
            (0.10, 0.68, 0.66), (0.22, 0.50, 0.93), (0.54, 0.33, 0.85), (0.93, 0.38, 0.66))
 DARK, LIGHT = (0.07, 0.08, 0.15), (1.00, 0.97, 0.90)         # a background is its hue, mixed with one of them
-MAX_SHAPES, LAYOUTS, CELLS, HEADINGS, SPEEDS = 3, 8, 4, 8, 8
+MAX_SHAPES, LAYOUTS, CELLS, HEADINGS, SPEEDS = 2, 8, 4, 8, 8
+ROLL = 80.0                                         # units to the right that turn a shape by one radian
 FPS = 7
 CHUNK = 2**24                                       # pixels rendered at a time: bounds the temporaries
 HELD_OUT = 1_000_000                                # added to a seed: a world that nothing was trained on
 
-NUM_STATIC = len(KINDS) * (len(COLOURS) + CELLS * CELLS) + len(COLOURS)
-NUM_ATTRIBUTES = NUM_STATIC + len(KINDS) * (HEADINGS + 2) + SPEEDS
+NUM_STATIC = len(COLOURS) + len(KINDS) * CELLS * CELLS + len(COLOURS)
+NUM_ATTRIBUTES = NUM_STATIC + len(KINDS) * HEADINGS + SPEEDS
 
 
 class ToyClips(NamedTuple):
@@ -115,19 +119,19 @@ def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128,
         return ToyClips(*map(torch.cat, zip(*parts)))
 
     # ---- the scene: named columns of one table of random numbers
-    n = MAX_SHAPES
-    static = uniforms(seed, indices, 0, 7 + 8 * n + 2 * n * LAYOUTS)                    # b u
+    n, k = MAX_SHAPES, len(KINDS)
+    static = uniforms(seed, indices, 0, 7 + k + 7 * n + 2 * n * LAYOUTS)                # b u
     count, backdrop, tone, waves, kind, colour, radius, angle, check, period, phase, place = static.split(
-        [1, 1, 1, 4, n, n, n, n, n, n, 2 * n, 2 * n * LAYOUTS], dim=1)
+        [1, 1, 1, 4, k, n, n, n, n, n, 2 * n, 2 * n * LAYOUTS], dim=1)
     # Everything that the first frame must not show comes from a second stream.
-    motion = uniforms(seed if motion_seed is None else motion_seed, indices, 1, 1 + 2 * n)          # b u
-    bucket, heading, spin = motion.split([1, n, n], dim=1)
+    motion = uniforms(seed if motion_seed is None else motion_seed, indices, 1, 1 + n)              # b u
+    bucket, heading = motion.split([1, n], dim=1)
 
-    corners, notch, scale, palette, dark, light = constants(device)                     # k each, p c, c, c
+    corners, notch, scale, pair, palette, dark, light = constants(device)               # k each, p c, c, c
     present = torch.arange(n, device=device) < 1 + (count * n).long()                   # b n
-    kind, backdrop = (kind * len(KINDS)).long(), (backdrop * len(COLOURS)).long()       # b n, b 1
-    # A shape never has the background's colour.
-    colour = (backdrop + 1 + (colour * (len(COLOURS) - 1)).long()) % len(COLOURS)       # b n
+    kind, backdrop = kind.argsort(dim=1)[:, :n], (backdrop * len(COLOURS)).long()       # b n, b 1
+    colour = 2 * pair[kind].long() + (colour * 2).long()                                # b n
+    colour = torch.where(colour == backdrop, colour ^ 1, colour)            # b n, never the background's
     radius = (15 + 8 * radius) * scale[kind]                                            # b n
     bucket = 1 + (bucket * 255).long()                                                  # b 1
     speed = bucket / 127                                                                # b 1
@@ -147,18 +151,19 @@ def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128,
     path = place[:, None] + step[:, None] * time[..., None] - margin                    # b f n 2
     span = WORLD - 2 * margin
     centres = margin + span - (path.remainder(2 * span) - span).abs()                   # b f n 2
-    turn = torch.where(spin < 0.5, -0.12, 0.12) * speed                               # b n, radians per frame
-    angle = angle[:, None] * 2 * math.pi + turn[:, None] * time                         # b f n
+    # They roll: which way up a shape is follows from where it is, whatever way it came there.
+    angle = angle[:, None] * 2 * math.pi + (centres - place[:, None])[..., 0] / ROLL    # b f n, radians
 
-    # ---- what a label says: kinds with their colour, cell, heading, spin; the background's colour; the speed
-    kinds = F.one_hot(kind, len(KINDS)) * present[..., None]                            # b n k
+    # ---- what a label says: colours, kinds with their cell and heading; the background's colour; the speed
+    kinds = F.one_hot(kind, k) * present[..., None]                                     # b n k
     bins = lambda x, num: F.one_hot((x * num).long().clamp(0, num - 1), num)
     with_kind = lambda x: (kinds[..., None] * x[:, :, None]).amax(dim=1).flatten(1)     # b n v -> b (k v)
     cell = bins(place / WORLD, CELLS)                                                   # b n 2 v
     cell = rearrange(cell[:, :, 1, :, None] * cell[:, :, 0, None], "b n y x -> b n (y x)")
     attributes = torch.cat((
-        with_kind(F.one_hot(colour, len(COLOURS))), with_kind(cell), F.one_hot(backdrop[:, 0], len(COLOURS)),
-        with_kind(bins(heading / (2 * math.pi), HEADINGS)), with_kind(bins(spin, 2)),
+        (F.one_hot(colour, len(COLOURS)) * present[..., None]).amax(dim=1), with_kind(cell),
+        F.one_hot(backdrop[:, 0], len(COLOURS)),
+        with_kind(bins(heading / (2 * math.pi), HEADINGS)),
         bins((bucket[:, 0] - 1) / 255, SPEEDS)), dim=1).float()                         # b a
 
     # ---- the background: two soft waves between a darker and a lighter partner of its hue

@@ -163,6 +163,7 @@ class Reference(NamedTuple):
     cond: model.Cond            # of their first frames
     features: Tensor            # n k
     colours: Tensor | None      # n p        toy world: which of data.COLOURS the shapes have
+    moved: Tensor | None        # n          toy world: pixels per frame that they move
 
 
 @torch.no_grad()
@@ -174,9 +175,7 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
         if args.data == "toy":
             batch = data.toy_clips(args.seed + data.HELD_OUT, part, num_frames, height, device)
             pixels, bucket = batch.frames, batch.motion_bucket_id
-            kinds = len(data.KINDS)
-            shown = batch.attributes[:, :kinds * len(data.COLOURS)].bool()
-            colours.append(rearrange(shown, "n (k p) -> n k p", k=kinds).any(dim=1).cpu())
+            colours.append(batch.attributes[:, :len(data.COLOURS)].bool().cpu())
         else:
             pixels = rearrange(clips.take(part), "b f h w c -> b f c h w").to(device).float() / 127.5 - 1
             bucket = torch.full((len(part),), 127, device=device)
@@ -187,8 +186,10 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
         conds.append([x.float().cpu() for x in cond])
         frames.append(to_bytes(pixels).cpu())
     frames = torch.cat(frames)
-    return Reference(frames, model.Cond(*map(torch.cat, zip(*conds))),
-                     video_features(detector, frames), torch.cat(colours) if colours else None)
+    colours = torch.cat(colours) if colours else None
+    moved = None if colours is None else displacement(frames, colours, device)
+    return Reference(frames, model.Cond(*map(torch.cat, zip(*conds))), video_features(detector, frames),
+                     colours, moved)
 
 
 def by_sampler(draw, vae, reference, device):
@@ -234,32 +235,34 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
                "diversity": (frames[:len(again)].float() - again.float()).abs().mean() / 127.5,
                "first_psnr": 10 * (255 ** 2 / first_error).log10()}
     if reference.colours is not None:
-        moved, moved_real = (displacement(x, reference.colours) for x in (frames, real))
+        moved = displacement(frames, reference.colours, next(detector.parameters()).device)
         asked = reference.cond.time_ids[:, 1]
-        figures |= {"motion": moved.mean() / moved_real.mean(),
+        figures |= {"motion": moved.mean() / reference.moved.mean(),
                     "follows": torch.corrcoef(torch.stack((moved, asked)))[0, 1]}
     return frames, {name: float(value) for name, value in figures.items()}
 
 
-def displacement(frames, colours, sharpness=60.0):
+def displacement(frames, colours, device="cpu", sharpness=60.0):
     """Clips uint8 [n f 3 H W], colours that their shapes have [n p] -> pixels per frame that shapes move [n].
 
     A shape is where the picture has its hue: a pixel counts by how close its direction in colour space is to
-    the shape's, and how far from grey it is. The shape's centre is the mean place. Shapes that share a colour
-    are followed as one.
+    the shape's, and by the fourth power of how far from grey it is, since backgrounds are paler. The shape's
+    centre is the mean place.
     """
-    palette = torch.tensor(data.COLOURS)                                                            # p 3
+    palette = torch.tensor(data.COLOURS, device=device)                                             # p 3
     palette = F.normalize(palette - palette.mean(dim=1, keepdim=True), dim=1)
-    y, x = (torch.arange(side).float() for side in frames.shape[-2:])
+    y, x = (torch.arange(side, device=device).float() for side in frames.shape[-2:])
     moved = []
     for clip, shown in zip(frames, colours):                                    # one by one: little memory
+        clip, shown = clip.to(device), shown.to(device)
         rgb = clip.float() - clip.float().mean(dim=1, keepdim=True)                                 # f 3 H W
         along = torch.einsum("fchw,pc->pfhw", rgb, palette[shown])
-        share = along.clamp(min=0) * (sharpness * (along / rgb.norm(dim=1).clamp(min=1) - 1)).exp()
+        cosine = along / rgb.norm(dim=1).clamp(min=1)
+        share = (along.clamp(min=0) / 64) ** 4 * (sharpness * (cosine - 1)).exp()
         total = share.sum((2, 3)).clamp(min=1e-6)                                                   # p f
         centre = torch.stack((share.sum(2) @ x / total, share.sum(3) @ y / total), dim=-1)          # p f 2
         moved.append(centre.diff(dim=1).norm(dim=-1).mean())
-    return torch.stack(moved)
+    return torch.stack(moved).cpu()
 
 
 # ---- What the discriminator's heads see -----------------------------------------------------------------

@@ -47,9 +47,9 @@ import solver
 
 # ---- config ---------------------------------------------------------------------------------------------
 
-STEPS = {"vae": (10000, 48, 1e-3), "image_encoder": (4000, 256, 5e-4), "dinov2": (4500, 256, 1e-3),
-         "i3d": (5000, 64, 1e-3), "unet": (5600, 64, 5e-4)}            # steps, batch size, peak learning rate
-QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32, 64], num_clips=32,
+STEPS = {"vae": (10000, 48, 1e-3), "image_encoder": (8000, 256, 1e-3), "dinov2": (6000, 256, 1e-3),
+         "i3d": (5000, 64, 1e-3), "unet": (12000, 128, 5e-4)}        # steps, batch size, peak learning rate
+QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32], num_clips=32,
              report_clips=8, log_every=5, vae_batch_size=8, image_encoder_batch_size=8, dinov2_batch_size=4,
              i3d_batch_size=4, unet_batch_size=4) | {f"{stage}_steps": 12 for stage in STEPS}
 
@@ -65,8 +65,8 @@ flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="w
 flag("--size", type=int, default=128, help="height and width of the clips")
 flag("--num_frames", type=int, default=14, help="frames per clip")
 flag("--vae_channels", type=int, nargs=4, default=[32, 64, 96, 96], help="per level, multiples of 32")
-flag("--unet_channels", type=int, nargs="+", default=[64, 96, 96], help="per level, multiples of 32")
-flag("--unet_attention", type=int, nargs="+", default=[1, 1, 0], help="per level: 1 has transformers, 0 none")
+flag("--unet_channels", type=int, nargs="+", default=[128, 96], help="per level, multiples of 32")
+flag("--unet_attention", type=int, nargs="+", default=[0, 1], help="per level: 1 has transformers, 0 none")
 for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_steps", type=int, default=steps, help=f"optimisation steps of {stage}")
     flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (frames, for vae) per step")
@@ -77,7 +77,8 @@ flag("--ema_decay", type=float, default=0.999, help="of the weight average, whic
 flag("--log_every", type=int, default=50, help="steps between log lines")
 flag("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
 flag("--time_limit", type=float, default=math.inf, help="seconds until it saves and exits with status 3")
-flag("--log", type=Path, help="JSON lines: stage, step, loss, seconds (default: OUTPUT_DIR/train_log.jsonl)")
+flag("--train_log", type=Path,
+     help="JSON lines: stage, step, loss, seconds (default: OUTPUT_DIR/train_log.jsonl)")
 flag("--report", type=Path, help="JSON; pictures go beside it (default: OUTPUT_DIR/.train/report.json)")
 flag("--report_clips", type=int, default=512, help="held-out clips that the report measures")
 if parser.parse_known_args()[0].quick:
@@ -89,7 +90,8 @@ device = world.device
 if args.unet_batch_size % world.size:
     parser.error(f"--unet_batch_size {args.unet_batch_size} does not divide by {world.size} processes")
 work = args.output_dir / ".train"
-log_file, report_file = args.log or args.output_dir / "train_log.jsonl", args.report or work / "report.json"
+log_file = args.train_log or args.output_dir / "train_log.jsonl"
+report_file = args.report or work / "report.json"
 for folder in (work, log_file.parent, report_file.parent):
     folder.mkdir(parents=True, exist_ok=True)
 held_out = args.seed + data.HELD_OUT
@@ -177,6 +179,13 @@ def train(stage, net, loss_of):
     net.eval()
 
 
+def record(net, *example):
+    """On a GPU: the launches of a training step of `net` become one, a CUDA graph, made with tensors like its
+    arguments. The layers are small, and a GPU is done with one before a processor can ask for the next."""
+    if device.type == "cuda":                           # some parameters may have no influence: attn2.to_q
+        torch.cuda.make_graphed_callables(net.to(half).train(), example, allow_unused_input=True)
+
+
 def publish(stage, save, **metrics):
     """Put a finished stage where it belongs, whole or not at all; its checkpoint has done its duty."""
     part, folder = work / f"{stage}.part", args.output_dir / stage
@@ -237,65 +246,92 @@ if wanted("vae"):
     publish("vae", lambda folder: model.save_vae(vae, folder, torch.float16), psnr=quality,
             scaling_factor=vae.config["scaling_factor"])
 
-# ---- image_encoder --------------------------------------------------------------------------------------
+# ---- image_encoder and dinov2 ---------------------------------------------------------------------------
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)              # what DINOv2 expects
 EMBED_DIM = 64                                          # of the image embedding, the UNet's cross-attention
+GRID, PATCH = 9, 14
+
+
+class Pupil(nn.Module):
+    """A vision transformer and two heads that teach it and are not kept. From its summary: what the scene
+    holds. From each patch: which kind of shape covers it, or none, its mean colour, and its contrast."""
+
+    def __init__(self, backbone, summary_dim):
+        super().__init__()
+        self.backbone = backbone
+        self.scene = nn.Linear(summary_dim, data.NUM_STATIC)
+        self.patch = nn.Linear(backbone.config.hidden_size, 1 + len(data.KINDS) + 3 + 1)
+
+    def forward(self, pixels):                          # b 3 H W -> b k, b p k
+        out = self.backbone(pixel_values=pixels)
+        summary = out.image_embeds if "image_embeds" in out else out.last_hidden_state[:, 0]
+        return self.scene(summary), self.patch(out.last_hidden_state[:, 1:])
+
+
+def lesson(pupil, pixels, images, batch):
+    """pixels are what `pupil` gets of images [b 3 H W], the first frames of `batch`."""
+    scene, patches = (x.float() for x in pupil(pixels))                                 # b k, b p k
+    grid = math.isqrt(patches.shape[1])
+    kinds, looks = rearrange(patches, "b (h w) k -> b k h w", h=grid).split([1 + len(data.KINDS), 4], dim=1)
+    edges = F.pad(images.diff(dim=3).abs(), (0, 1)) + F.pad(images.diff(dim=2).abs(), (0, 0, 0, 1))
+    contrast = 5 * edges.mean(dim=1, keepdim=True)                                     # b 1 H W, about 0 to 1
+    covers = F.one_hot(batch.kind_map[:, 0].long(), 1 + len(data.KINDS))                # b H W k
+    covers = F.adaptive_avg_pool2d(rearrange(covers.float(), "b h w k -> b k h w"), grid)
+    weight = 1.1 - covers[:, :1]                        # empty patches count less: they are many and easy
+    return 5 * F.binary_cross_entropy_with_logits(scene, batch.attributes[:, :data.NUM_STATIC]) \
+        - (covers * kinds.log_softmax(dim=1) * weight).sum() / weight.sum() \
+        + F.l1_loss(looks, F.adaptive_avg_pool2d(torch.cat((images, contrast), dim=1), grid))
+
+
+def quality(pupil, see):
+    """F1 on held-out pictures: of everything, and of the colours of shapes."""
+    batch = clips(held_out, 0, args.report_clips, num_frames=1)
+    with torch.no_grad():
+        scene = torch.cat([pupil(see(images))[0] for images in batch.frames[:, 0].split(64)])           # b k
+    colours = len(data.COLOURS)
+    return {"f1": f1(scene, batch.attributes[:, :data.NUM_STATIC]),
+            "f1_colours": f1(scene[:, :colours], batch.attributes[:, :colours])}
+
 
 if wanted("image_encoder"):
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, hidden_act="gelu",
+        hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, hidden_act="gelu",
         image_size=model.CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
-    net = nn.ModuleDict({"encoder": clip, "head": nn.Linear(EMBED_DIM, data.NUM_STATIC)}).to(device)
+    pupil = Pupil(clip, EMBED_DIM).to(device)
+    see = lambda images: model.clip_pixels(images).to(next(pupil.parameters()).dtype)
+    record(pupil, see(torch.zeros(args.image_encoder_batch_size, 3, args.size, args.size, device=device)))
 
-    def list_scene(seed, first, count):
-        batch = clips(seed, first, count, num_frames=1)
-        embeds = clip(pixel_values=model.clip_pixels(batch.frames[:, 0])).image_embeds              # b d
-        return net["head"](embeds).float(), batch.attributes[:, :data.NUM_STATIC]                   # b k each
+    def image_encoder_loss(step, generator):
+        batch = clips(args.seed, step * args.image_encoder_batch_size, args.image_encoder_batch_size, 1)
+        return lesson(pupil, see(batch.frames[:, 0]), batch.frames[:, 0], batch)
 
-    train("image_encoder", net, lambda step, generator: F.binary_cross_entropy_with_logits(
-        *list_scene(args.seed, step * args.image_encoder_batch_size, args.image_encoder_batch_size)))
-    with torch.no_grad():
-        quality = f1(*list_scene(held_out, 0, args.report_clips))
-    publish("image_encoder", lambda folder: clip.half().save_pretrained(folder), f1=quality)
-
-# ---- dinov2 ---------------------------------------------------------------------------------------------
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)              # what DINOv2 expects
-GRID, PATCH = 9, 14
+    train("image_encoder", pupil, image_encoder_loss)
+    publish("image_encoder", lambda folder: clip.half().save_pretrained(folder), **quality(pupil, see))
 
 if wanted("dinov2"):
     dino = Dinov2Model(Dinov2Config(hidden_size=96, num_hidden_layers=12, num_attention_heads=3,
                                     image_size=GRID * PATCH, patch_size=PATCH))
-    net = nn.ModuleDict({"backbone": dino, "scene": nn.Linear(96, data.NUM_STATIC),     # both heads: not kept
-                         "patch": nn.Linear(96, len(data.KINDS) + 4)}).to(device)
+    pupil = Pupil(dino, 96).to(device)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
 
-    def describe(images):                               # b 3 H W -> scene logits b k, patches b k 9 9
+    def see(images):
         pixels = F.interpolate(images, (GRID * PATCH,) * 2, mode="bilinear", antialias=True)
-        tokens = dino(pixel_values=(pixels / 2 + 0.5 - mean) / std).last_hidden_state               # b p d
-        scene, patches = net["scene"](tokens[:, 0]), net["patch"](tokens[:, 1:])
-        return scene.float(), rearrange(patches.float(), "b (h w) k -> b k h w", h=GRID)
+        return ((pixels / 2 + 0.5 - mean) / std).to(next(pupil.parameters()).dtype)
+
+    record(pupil, see(torch.zeros(args.dinov2_batch_size, 3, args.size, args.size, device=device)))
 
     def dinov2_loss(step, generator):
         batch = clips(args.seed, step * args.dinov2_batch_size, args.dinov2_batch_size, num_frames=1)
-        images = blurred = batch.frames[:, 0]                                           # b 3 H W
-        for _ in range(3):                              # three boxes are nearly a Gaussian
-            blurred = F.avg_pool2d(F.pad(blurred, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+        images = batch.frames[:, 0]                                                     # b 3 H W
+        # Half of them as blurred, more or less, as latents are that were made larger.
+        coarse = F.interpolate(F.avg_pool2d(images, 8), images.shape[-2:], mode="bilinear")
         amount = torch.rand(len(images), generator=generator, device=device) * 2 - 1
-        images = images.lerp(blurred, amount.clamp(min=0)[:, None, None, None])
-        covers = F.one_hot(batch.kind_map[:, 0].long(), len(data.KINDS) + 1)[..., 1:]   # b H W k
-        edges = F.pad(images.diff(dim=3).abs(), (0, 1)) + F.pad(images.diff(dim=2).abs(), (0, 0, 0, 1))
-        contrast = 5 * edges.mean(dim=1, keepdim=True)                                 # b 1 H W, about 0 to 1
-        target = torch.cat((rearrange(covers.float(), "b h w k -> b k h w"), images, contrast), dim=1)
-        scene, patches = describe(images)
-        return F.binary_cross_entropy_with_logits(scene, batch.attributes[:, :data.NUM_STATIC]) \
-            + (patches - F.adaptive_avg_pool2d(target, GRID)).abs().mean()
+        images = images.lerp(coarse, amount.clamp(min=0)[:, None, None, None])
+        return lesson(pupil, see(images), images, batch)
 
-    train("dinov2", net, dinov2_loss)
-    with torch.no_grad():
-        batch = clips(held_out, 0, args.report_clips, num_frames=1)
-        quality = f1(describe(batch.frames[:, 0])[0], batch.attributes[:, :data.NUM_STATIC])
-    publish("dinov2", lambda folder: dino.half().save_pretrained(folder), f1=quality)
+    train("dinov2", pupil, dinov2_loss)
+    publish("dinov2", lambda folder: dino.half().save_pretrained(folder), **quality(pupil, see))
 
 # ---- i3d ------------------------------------------------------------------------------------------------
 
@@ -329,15 +365,14 @@ if wanted("unet"):
     latents = data.toy_latents(vae, image_encoder, args.seed, num_clips, args.num_frames, args.size, device,
                                first=world.rank * num_clips)
     del vae, image_encoder
-    if device.type == "cuda":           # many small layers: fuse them, and record their launches once
+    if device.type == "cuda":                               # many small layers: fuse them
         torch._dynamo.config.recompile_limit = 256          # of all blocks together; equal ones share code
-        for block in unet.to(half).train().modules():
+        for block in unet.modules():
             if isinstance(block, (model.SpatioTemporalResBlock, model.SpatioTemporalTransformer)):
                 block.compile(dynamic=False)
-        x0, cond = latents.take(torch.arange(b))
-        torch.cuda.make_graphed_callables(unet, (
-            torch.cat((x0, cond.image_latents), dim=2), torch.zeros(b, device=device), cond.image_embeds,
-            cond.time_ids), allow_unused_input=True)        # attn2.to_q and to_k have no influence
+    x0, cond = latents.take(torch.arange(b))
+    record(unet, torch.cat((x0, cond.image_latents), dim=2), torch.zeros(b, device=device), cond.image_embeds,
+           cond.time_ids)
 
     def unet_loss(step, generator):
         x0, cond = latents.take(torch.randint(num_clips, (b,), generator=generator, device=device))
@@ -346,7 +381,7 @@ if wanted("unet"):
         # Most noise levels where the future is decided; the rest cover the grid: sampling starts at its top.
         low, high = solver.SIGMA_MIN ** (1 / solver.RHO), solver.SIGMA_MAX ** (1 / solver.RHO)
         on_grid = (high + ramp * (low - high)) ** solver.RHO                                # b
-        sigma = torch.where(coin < 0.8, (0.5 + 1.4 * normal).exp(), on_grid)[:, None, None, None, None]
+        sigma = torch.where(coin < 0.8, (1.4 * normal).exp(), on_grid)[:, None, None, None, None]
         c_skip, c_out, c_in, c_noise = solver.precondition(sigma)
         x_t = x0 + sigma * torch.randn(x0.shape, generator=generator, device=device)
 

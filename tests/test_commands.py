@@ -126,7 +126,7 @@ LEFT_OUT = {
     # GPUs
     "python train_toy.py": "half an hour of a GPU",
     "torchrun --standalone --nproc_per_node=2 train_toy.py": "two GPUs",
-    "python train_toy.py --stages report --report_clips 256 ...": "a GPU; tests/test_toy.py has 4 clips",
+    "python train_toy.py --stages report ...": "a GPU; tests/test_toy.py has 4 clips",
     "torchrun --standalone --nproc_per_node=2 train_stage1.py ...": "two GPUs; tests/test_training.py: CPUs",
     "torchrun --standalone --nproc_per_node=8 train_stage1.py ...": "eight GPUs, SVD, OpenVid-1M",
     "torchrun --standalone --nproc_per_node=2 train_stage2.py ...": "two GPUs, SVD, OpenVid-1M",

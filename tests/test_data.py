@@ -87,10 +87,13 @@ def test_the_first_frame_does_not_tell_the_future():
 def test_attributes_say_what_is_there():
     clips = data.toy_clips(5, torch.arange(200), num_frames=1, size=64)
     kinds, colours, cells = len(data.KINDS), len(data.COLOURS), data.CELLS ** 2
-    kind_colour, kind_cell, backdrop, heading, spin, speed = clips.attributes.split(
-        [kinds * colours, kinds * cells, colours, kinds * data.HEADINGS, kinds * 2, data.SPEEDS], dim=1)
+    colour, kind_cell, backdrop, heading, speed = clips.attributes.split(
+        [colours, kinds * cells, colours, kinds * data.HEADINGS, data.SPEEDS], dim=1)
     assert (backdrop.sum(1) == 1).all() and (speed.sum(1) == 1).all()
-    there = [x.unflatten(1, (kinds, -1)).amax(2) for x in (kind_colour, kind_cell, heading, spin)]  # b k each
+    there = [x.unflatten(1, (kinds, -1)).amax(2) for x in (kind_cell, heading)]                     # b k each
+    pairs = colour.unflatten(1, (-1, 2)).amax(2)[:, [pair for *_, pair in data.KINDS.values()]]     # b k
+    assert torch.equal(pairs, there[0])                             # each kind in its own colours
+    assert not (colour * backdrop).any()                            # which are not the background's
     assert all(torch.equal(x, there[0]) for x in there)             # the same kinds in each part
     assert (there[0].sum(1) <= clips.present.sum(1)).all() and (there[0].sum(1) >= 1).all()
     seen = torch.stack([(clips.kind_map == 1 + k).flatten(1).sum(1) > 0 for k in range(kinds)], dim=1).float()
