@@ -7,6 +7,7 @@
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     swapped, update_ema                 one network in three roles, one of them an average
     finite_step                         all-reduce, clip, step; refuses what is not finite
+    recorder                            a GPU's work of a step in one launch, for networks that are small
     collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
     rewind                              what an earlier run wrote after the starting step goes
@@ -250,6 +251,51 @@ def restore(groups, optimizers, tensors):
             target.copy_(tensors[f"{prefix}.{name}"])
     for prefix, optimizer in optimizers.items():
         unpack(optimizer, prefix, tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launches
+
+
+def recorder(on):
+    """-> record(function, parameters=()), which gives the function back, unless `on`. Then, on a GPU, what it
+    does there is recorded on its fourth call, as a CUDA graph, and from there on replayed: one launch where
+    there were thousands. A GPU is done with the layers of a small network before a processor has asked for
+    the next.
+
+    Such a function takes tensors, of the same shapes at each call, or None, and returns tensors that its next
+    call overwrites. `parameters` have no gradients before a call; those that it leaves are theirs after it.
+    Whatever else it does in Python happens four times. Those of one recorder share memory, so they are always
+    called in the same order; a tensor with a history, from one to the next, is the same tensor each time.
+    """
+    if not on:
+        return lambda function, parameters=(): function
+    torch.cuda.set_stream(torch.cuda.Stream())                  # nothing is recorded on the default stream
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(function, parameters=()):
+        graph, parameters, calls = torch.cuda.CUDAGraph(), list(parameters), 0
+        inputs, outputs, grads = [], None, []
+
+        def run(*tensors):
+            nonlocal inputs, outputs, grads, calls
+            calls += 1
+            if calls < 4:                                       # kernels get compiled, algorithms chosen
+                return function(*tensors)
+            if calls == 4:
+                inputs = [t if t is None or t.requires_grad else t.clone() for t in tensors]
+                with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), "thread_local"):
+                    outputs = function(*inputs)
+                grads = [p.grad for p in parameters]
+            for own, given in zip(inputs, tensors):
+                if own is not given:
+                    own.copy_(given)
+            graph.replay()
+            for p, grad in zip(parameters, grads):
+                p.grad = grad
+            return outputs
+        return run
+    return record
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ PRESETS = {
                     validation_teacher_steps=8),
     # The toy student on one GPU.
     "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1500, learning_rate=2e-4, lr_d=2e-4,
-                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
+                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25,
+                cuda_graph=True),
     # The paper's setting: SVD on 8 GPUs; --data is yours. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=1024, height=576, batch_size=8, max_train_steps=2000, learning_rate=5e-6, lr_d=1e-5,
@@ -81,6 +82,8 @@ flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains wi
 flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
 flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
 flag("--gradient_checkpointing", action="store_true", help="compute activations twice, keep none")
+flag("--cuda_graph", action="store_true", help="record a step once and replay it: fast where networks are "
+     "small; not with parts or checkpointing")
 flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
      help="inside the networks")
 flag("--seed", type=int, default=0, help="of everything drawn")
@@ -162,7 +165,8 @@ opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=devi
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 step, bad_steps, skipped = 0, 0, torch.zeros(())
 free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers")
+        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
+        "cuda_graph")
 # Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
 evolving = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers, "count": {"skipped": skipped}}
 optimizers = {"opt": opt, "opt_d": opt_d}
@@ -196,7 +200,10 @@ def validate():
     sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
 
 
-# ---- loop -----------------------------------------------------------------------------------------------
+# ---- a step ---------------------------------------------------------------------------------------------
+
+record = engine.recorder(args.cuda_graph and device.type == "cuda" and part == share
+                         and not args.gradient_checkpointing)
 
 
 @torch.no_grad()
@@ -210,10 +217,39 @@ def prepare(numbers):
     return x_t, sigma_t, cond, x0, None
 
 
+# ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
+def d_step(x_t, sigma_t, real, *cond):
+    cond = model.Cond(*cond)
+    with torch.set_grad_enabled(part == share):                 # then the G step uses this very forward pass
+        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
+    logits_real = disc(real, cond)
+    logits_fake = disc.eval()(x0_pred.detach(), cond)           # one power iteration a step is enough
+    loss_d = hinge_d(logits_real, logits_fake)
+    (loss_d * (part / share)).backward()
+    return x0_pred, loss_d.detach(), logits_real.detach().mean(), logits_fake.detach().mean()
+
+
+# ---- G step: D is frozen, gradients flow through it into the student
+def g_step(x0_pred, x_t, sigma_t, real, weight, *cond):
+    cond = model.Cond(*cond)
+    if x0_pred is None:
+        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
+    loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
+    loss_adv = torch.zeros_like(loss_huber)
+    if args.adv_weight:
+        loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
+    ((args.adv_weight * loss_adv + loss_huber) * (part / share)).backward()
+    return loss_huber.detach(), loss_adv.detach()
+
+
 def add(**losses):
     for name, loss in losses.items():
-        sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
+        sums[name] = sums.get(name, 0) + loss * (part / share)
 
+
+d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
+
+# ---- loop -----------------------------------------------------------------------------------------------
 
 clock, clock_step, totals = time.perf_counter(), step, {}       # since the last log line
 while step < args.max_train_steps:
@@ -228,28 +264,17 @@ while step < args.max_train_steps:
         parser.error(str(problem))
     sums, norm_d, good_d = {}, torch.zeros((), device=device), True
 
-    # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
+    x0_pred = None
     if args.adv_weight:
-        for n, (x_t, sigma_t, cond, real, _) in enumerate(parts):
-            with torch.set_grad_enabled(len(parts) == 1):       # then the G step uses this very forward pass
-                x0_pred = consistency(net, x_t, sigma_t, cond)                  # b f c h w
-            logits_real = disc.train(n == 0)(real, cond)    # one power iteration a step, however it is split
-            logits_fake = disc.eval()(x0_pred.detach(), cond)
-            loss_d = hinge_d(logits_real, logits_fake)
-            (loss_d / len(parts)).backward()
-            add(loss_d=loss_d, logits_real=logits_real.mean(), logits_fake=logits_fake.mean())
+        disc.train()
+        for x_t, sigma_t, cond, real, _ in parts:
+            x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
+            add(loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
         norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
-    # ---- G step: D is frozen, gradients flow through it into the student
     disc.requires_grad_(False)
     for x_t, sigma_t, cond, real, weight in parts:
-        if len(parts) > 1 or not args.adv_weight:
-            x0_pred = consistency(net, x_t, sigma_t, cond)                      # b f c h w
-        loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
-        loss_adv = torch.zeros_like(loss_huber)
-        if args.adv_weight:
-            loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
-        ((args.adv_weight * loss_adv + loss_huber) / len(parts)).backward()
+        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, real, weight, *cond)
         add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.pull()

@@ -36,7 +36,8 @@ PRESETS = {
                     validation_teacher_steps=8),
     # The toy student on one GPU.
     "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1000, learning_rate=1e-4, lr_d=2e-4,
-                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
+                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25,
+                cuda_graph=True),
     # The paper's setting: SVD on 2 GPUs; --data is yours. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=576, height=320, batch_size=2, max_train_steps=20000, learning_rate=5e-6, lr_d=1e-5,
@@ -88,6 +89,8 @@ flag("--weight_exponent", type=float, default=0.1, help="e of lambda(t_n) = (1 /
 flag("--ema_decay", type=float, default=0.95, help="of theta^-; 0 is the student itself")
 flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
 flag("--gradient_checkpointing", action="store_true", help="compute activations twice, keep none")
+flag("--cuda_graph", action="store_true", help="record a step once and replay it: fast where networks are "
+     "small; not with parts or checkpointing")
 flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
      help="inside the networks")
 flag("--seed", type=int, default=0, help="of everything drawn")
@@ -179,6 +182,7 @@ if args.stage1 != "none":                                       # theta and psi 
         parser.error(f"{problem}; run train_stage1.py first, or give --stage1 none")
     theta.push()
 ema = {name: t.clone() for name, t in theta.tensors().items()}  # fp32, as the masters
+ema_copies = {name: t.to(dtype) for name, t in ema.items()}     # what the network computes with
 
 # ---- optimisers, and where the last run stopped ---------------------------------------------------------
 
@@ -186,7 +190,8 @@ opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=devi
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 step, bad_steps, skipped = 0, 0, torch.zeros(())
 free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers")
+        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
+        "cuda_graph")
 # Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
 evolving = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers,
             "count": {"skipped": skipped}}
@@ -221,7 +226,21 @@ def validate():
     sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
 
 
-# ---- loop -----------------------------------------------------------------------------------------------
+# ---- a step ---------------------------------------------------------------------------------------------
+
+record = engine.recorder(args.cuda_graph and device.type == "cuda" and part == share
+                         and not args.gradient_checkpointing)
+
+
+# ---- where the teacher's m steps lead, and what theta^- makes of that
+@record
+@torch.no_grad()
+def distil(x_t, grid, guidance, *cond):
+    cond = model.Cond(*cond)
+    with engine.swapped(theta.copies, teacher_weights), model.without_lora(net):
+        x_s = solve(net, x_t, grid, cond, guidance)                             # b f c h w
+    with engine.swapped(theta.copies, ema_copies):
+        return consistency(net, x_s, grid[-1], cond)                            # b f c h w
 
 
 @torch.no_grad()
@@ -238,17 +257,44 @@ def prepare(numbers):
     ramp = torch.linspace(0, 1, x0.shape[1], device=device)                     # f
     low, high = (a + (b - a) * low)[:, None], (c + (d - c) * high)[:, None]     # b 1 each
     guidance = (low + (high - low) * ramp)[:, :, None, None, None]              # b f 1 1 1
-    with engine.swapped(theta.copies, teacher_weights), model.without_lora(net):
-        x_s = solve(net, x_t, grid, cond, None if max(args.guidance) == 1 else guidance)
-    with engine.swapped(theta.copies, {name: t.to(dtype) for name, t in ema.items()}):
-        x0_target = consistency(net, x_s, sigma_s, cond)                        # b f c h w
+    torch._foreach_copy_(list(ema_copies.values()), list(ema.values()))
+    x0_target = distil(x_t, grid, None if max(args.guidance) == 1 else guidance, *cond)
     return x_t, sigma_t, cond, x0_target, consistency_weight(sigma_t, sigma_s, args.weight_exponent)
+
+
+# ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
+def d_step(x_t, sigma_t, real, *cond):
+    cond = model.Cond(*cond)
+    with torch.set_grad_enabled(part == share):                 # then the G step uses this very forward pass
+        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
+    logits_real = disc(real, cond)
+    logits_fake = disc.eval()(x0_pred.detach(), cond)           # one power iteration a step is enough
+    loss_d = hinge_d(logits_real, logits_fake)
+    (loss_d * (part / share)).backward()
+    return x0_pred, loss_d.detach(), logits_real.detach().mean(), logits_fake.detach().mean()
+
+
+# ---- G step: D is frozen, gradients flow through it into the student
+def g_step(x0_pred, x_t, sigma_t, real, weight, *cond):
+    cond = model.Cond(*cond)
+    if x0_pred is None:
+        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
+    loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
+    loss_adv = torch.zeros_like(loss_huber)
+    if args.adv_weight:
+        loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
+    ((args.adv_weight * loss_adv + loss_huber) * (part / share)).backward()
+    return loss_huber.detach(), loss_adv.detach()
 
 
 def add(**losses):
     for name, loss in losses.items():
-        sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
+        sums[name] = sums.get(name, 0) + loss * (part / share)
 
+
+d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
+
+# ---- loop -----------------------------------------------------------------------------------------------
 
 clock, clock_step, totals = time.perf_counter(), step, {}       # since the last log line
 while step < args.max_train_steps:
@@ -263,28 +309,17 @@ while step < args.max_train_steps:
         parser.error(str(problem))
     sums, norm_d, good_d = {}, torch.zeros((), device=device), True
 
-    # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
+    x0_pred = None
     if args.adv_weight:
-        for n, (x_t, sigma_t, cond, real, _) in enumerate(parts):
-            with torch.set_grad_enabled(len(parts) == 1):       # then the G step uses this very forward pass
-                x0_pred = consistency(net, x_t, sigma_t, cond)                  # b f c h w
-            logits_real = disc.train(n == 0)(real, cond)    # one power iteration a step, however it is split
-            logits_fake = disc.eval()(x0_pred.detach(), cond)
-            loss_d = hinge_d(logits_real, logits_fake)
-            (loss_d / len(parts)).backward()
-            add(loss_d=loss_d, logits_real=logits_real.mean(), logits_fake=logits_fake.mean())
+        disc.train()
+        for x_t, sigma_t, cond, real, _ in parts:
+            x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
+            add(loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
         norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
-    # ---- G step: D is frozen, gradients flow through it into the student
     disc.requires_grad_(False)
     for x_t, sigma_t, cond, real, weight in parts:
-        if len(parts) > 1 or not args.adv_weight:
-            x0_pred = consistency(net, x_t, sigma_t, cond)                      # b f c h w
-        loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
-        loss_adv = torch.zeros_like(loss_huber)
-        if args.adv_weight:
-            loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
-        ((args.adv_weight * loss_adv + loss_huber) / len(parts)).backward()
+        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, real, weight, *cond)
         add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.pull()

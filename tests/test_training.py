@@ -664,6 +664,50 @@ def test_finite_step_keeps_the_memory_format():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_steps_are_the_same_steps():
+    """Two players as in the scripts: one forward pass for both, and whose gradients are there is who moves."""
+    def play(record):
+        torch.manual_seed(0)
+        net, disc = torch.nn.Linear(4, 4).cuda(), torch.nn.Linear(4, 1).cuda()
+        calls, seen = [], []
+
+        def d_step(x, nothing):
+            calls.append("d")
+            y = net(x)
+            loss = disc(y.detach()).square().mean() - x.mean()
+            loss.backward()
+            return y, loss.detach()
+
+        def g_step(y, x):
+            calls.append("g")
+            loss = (disc(y) - x).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        d_step, g_step = record(d_step, disc.parameters()), record(g_step, net.parameters())
+        for _ in range(8):
+            x = torch.randn(3, 4).cuda()
+            y, loss = d_step(x, None)
+            for mover, other in ((disc, net), (net, disc)):
+                assert all(p.grad is None for p in other.parameters())
+                torch.optim.SGD(mover.parameters(), lr=0.1).step()
+                mover.zero_grad(set_to_none=True)
+                seen += [loss.item()]
+                if mover is disc:
+                    disc.requires_grad_(False)
+                    loss = g_step(y, x)
+            disc.requires_grad_(True)
+        return seen, len(calls)
+
+    stream = torch.cuda.current_stream()
+    try:
+        (plain, all_calls), (recorded, calls) = play(engine.recorder(False)), play(engine.recorder(True))
+    finally:
+        torch.cuda.set_stream(stream)
+    assert recorded == plain and len(set(plain)) == 16 and (all_calls, calls) == (16, 8)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_finite_step_refuses(bad):
     parameters = two_parameters()
