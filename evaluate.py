@@ -544,7 +544,8 @@ def parse_args(argv=None):
     group("--num_clips", type=int, default=1024, help="real clips, and as many generated ones per row")
     group("--width", type=int, help="of the clips (None: what the UNet is configured for)")
     group("--height", type=int, help="of the clips")
-    group("--batch_size", type=int, default=32, help="clips generated at a time")
+    group("--batch_size", type=int, default=128 if torch.cuda.is_available() else 16,
+          help="clips generated at a time")
     group("--detector", help="i3d, a TorchScript file or a folder (None: i3d/ inside --model)")
     group("--guidance", type=float, nargs=2, default=[1.0, 3.0], help="of the teacher, first and last frame")
     group("--student", help="fvd: the student to measure (None: the teacher)")

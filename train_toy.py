@@ -401,7 +401,8 @@ model.save_configs(args.output_dir)
 # ---- report ---------------------------------------------------------------------------------------------
 
 
-def batched(function, *tensors, batch_size=32):
+def batched(function, *tensors):
+    batch_size = 128 if device.type == "cuda" else 16               # few launches there, little memory here
     with torch.no_grad():
         return torch.cat([function(*parts) for parts in zip(*(x.split(batch_size) for x in tensors))])
 
