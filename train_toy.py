@@ -55,6 +55,7 @@ QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32
 
 parser = argparse.ArgumentParser(description="Train the toy checkpoints from scratch.", allow_abbrev=False,
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.error = engine.fail
 flag = parser.add_argument
 flag("--output_dir", type=Path, default="assets/toy", help="pipeline folder to write; checkpoints in .train/")
 flag("--stages", nargs="+", choices=[*STEPS, "report"], default=[*STEPS, "report"], help="done in this order")
@@ -72,7 +73,7 @@ for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (frames, for vae) per step")
     flag(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
 flag("--num_clips", type=int, default=40000, help="clips that unet is trained on, rendered and encoded once")
-flag("--unet_init", help="unet: go on from the weights of this pipeline folder instead of random ones")
+flag("--unet_init", help="unet: go on from that of this pipeline folder, in its size")
 flag("--ema_decay", type=float, default=0.999, help="of the weight average, which is what gets saved")
 flag("--log_every", type=int, default=50, help="steps between log lines")
 flag("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
@@ -120,6 +121,14 @@ def wanted(stage):
         (work / f"{stage}.safetensors").unlink(missing_ok=True)
     torch.manual_seed(args.seed)            # a stage's first weights do not depend on which stages ran before
     return stage in args.stages and (args.overwrite or not (args.output_dir / stage / "config.json").exists())
+
+
+def load(loader, folder=args.output_dir, dtype=half):
+    """A network that is there; else the script ends with what is wrong."""
+    try:
+        return loader(folder, dtype=dtype, device=device)
+    except model.ModelError as problem:
+        parser.error(str(problem))
 
 
 def train(stage, net, loss_of):
@@ -349,17 +358,14 @@ if wanted("i3d"):
 # ---- unet -----------------------------------------------------------------------------------------------
 
 if wanted("unet"):
-    vae = model.load_vae(args.output_dir, dtype=half, device=device)
-    image_encoder = model.load_image_encoder(args.output_dir, dtype=half, device=device)
-    unet = model.UNet(
+    vae, image_encoder = load(model.load_vae), load(model.load_image_encoder)
+    unet = load(model.load_unet, args.unet_init, torch.float32) if args.unet_init else model.UNet(
         block_out_channels=args.unet_channels, layers_per_block=1, cross_attention_dim=EMBED_DIM,
         down_block_types=["CrossAttn" * on + "DownBlockSpatioTemporal" for on in args.unet_attention],
         up_block_types=["CrossAttn" * on + "UpBlockSpatioTemporal" for on in args.unet_attention[::-1]],
         num_attention_heads=[c // 32 for c in args.unet_channels], addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96, num_frames=args.num_frames,
         sample_size=args.size // 8).to(device)
-    if args.unet_init:
-        unet.load_state_dict(model.load_unet(args.unet_init).state_dict())
 
     num_clips, b = args.num_clips // world.size, args.unet_batch_size // world.size
     latents = data.toy_latents(vae, image_encoder, args.seed, num_clips, args.num_frames, args.size, device,
@@ -408,8 +414,7 @@ def batched(function, *tensors):
 
 
 if "report" in args.stages and world.rank == 0:
-    vae, unet, image_encoder = (load(args.output_dir, dtype=half, device=device) for load in (
-        model.load_vae, model.load_unet, model.load_image_encoder))
+    vae, unet, image_encoder = map(load, (model.load_vae, model.load_unet, model.load_image_encoder))
     detector = evaluate.load_detector(args.output_dir / "i3d", device)
     f, num, scaling_factor = args.num_frames, args.report_clips, vae.config["scaling_factor"]
     to_clips = lambda x: rearrange(x.float(), "(b f) c h w -> b f c h w", f=f)

@@ -25,7 +25,7 @@ def help_of(script):
 
 
 def has(script, flag):
-    """Most flags stand in the script as they are typed; the rest it has to name itself, which takes seconds."""
+    """Most flags stand in the script as they are typed; of others it is asked, which takes seconds."""
     return f'"{flag}"' in (ROOT / script).read_text() or re.search(rf"{flag}\b", help_of(script))
 
 

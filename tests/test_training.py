@@ -666,7 +666,7 @@ def test_finite_step_keeps_the_memory_format():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_steps_are_the_same_steps():
-    """Two players as in the scripts: one forward pass for both, and whose gradients are there is who moves."""
+    """Two players as in the scripts: one forward pass for both, and only who moves has gradients."""
     def play(record):
         torch.manual_seed(0)
         net, disc = torch.nn.Linear(4, 4).cuda(), torch.nn.Linear(4, 1).cuda()
