@@ -35,8 +35,7 @@ PRESETS = {
                     validation_teacher_steps=8),
     # The toy student on one GPU.
     "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1500, learning_rate=2e-4, lr_d=2e-4,
-                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25,
-                cuda_graph=True),
+                warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
     # The paper's setting: SVD on 8 GPUs; --data is yours. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=1024, height=576, batch_size=8, max_train_steps=2000, learning_rate=5e-6, lr_d=1e-5,
