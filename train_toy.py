@@ -273,7 +273,7 @@ class Pupil(nn.Module):
         self.patch = nn.Linear(backbone.config.hidden_size, 1 + len(data.KINDS) + 3 + 1)
 
     def forward(self, pixels):                          # b 3 H W -> b k, b p k
-        out = self.backbone(pixel_values=pixels)
+        out = self.backbone(pixel_values=pixels.to(self.scene.weight.dtype))
         summary = out.image_embeds if "image_embeds" in out else out.last_hidden_state[:, 0]
         return self.scene(summary), self.patch(out.last_hidden_state[:, 1:])
 
@@ -308,7 +308,7 @@ if wanted("image_encoder"):
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, hidden_act="gelu",
         image_size=model.CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
     pupil = Pupil(clip, EMBED_DIM).to(device)
-    see = lambda images: model.clip_pixels(images).to(next(pupil.parameters()).dtype)
+    see = model.clip_pixels
     record(pupil, see(torch.zeros(args.image_encoder_batch_size, 3, args.size, args.size, device=device)))
 
     def image_encoder_loss(step, generator):
@@ -326,7 +326,7 @@ if wanted("dinov2"):
 
     def see(images):
         pixels = F.interpolate(images, (GRID * PATCH,) * 2, mode="bilinear", antialias=True)
-        return ((pixels / 2 + 0.5 - mean) / std).to(next(pupil.parameters()).dtype)
+        return (pixels / 2 + 0.5 - mean) / std
 
     record(pupil, see(torch.zeros(args.dinov2_batch_size, 3, args.size, args.size, device=device)))
 
