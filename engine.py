@@ -98,8 +98,9 @@ def leave(status):
 
 
 def fail(message):
-    """One line on stderr and exit status 2: how every bad input ends."""
-    print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)
+    """One line on stderr and exit status 2: how every bad input ends. Written in one piece, as several
+    processes may have the same to say at the same time."""
+    sys.stderr.write(" ".join([f"{Path(sys.argv[0]).name}:", *message.split()]) + "\n")
     leave(2)
     sys.exit(2)
 
