@@ -11,7 +11,7 @@ sample: $(VENV)/run
 	$(VENV)/bin/python sampler.py --image $(IMAGE) --out $(OUT)
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -15,14 +15,30 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"               # read when a kernel is defined
 
+from forked import forking_python  # noqa: E402
+
 import model  # noqa: E402
 
 torch.set_num_threads(1)                               # where torch was imported before the variable was set
 
 
+def pytest_collection_modifyitems(items):
+    """With `-n`, a file's tests stay together: the files that take long go first, so that no worker is left
+    with one of them at the end."""
+    long = ["test_training", "test_commands", "test_toy", "test_discriminator", "test_video"]
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """What runs our scripts as a user's `python` does, without seconds of imports each."""
+    with forking_python(tmp_path_factory.mktemp("bin")) as path:
+        yield path
 
 
 def relative_error(actual, expected):

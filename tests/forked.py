@@ -1,37 +1,75 @@
 """A `python` for tests that starts at once: each run is forked from a process that has imported torch,
 transformers and diffusers (seconds). Of our own modules it has none: those come from the run's own folder.
 
-    python tests/forked.py --serve FD                           imports; does what comes in there, in turn
-    OSV_FORKS=SOCKET python -IS tests/forked.py sampler.py ..   has it done there; -c and -m too
+    python tests/forked.py --serve FD                           imports; does what comes in there
+    OSV_FORKS=SOCKET python -IS tests/forked.py sampler.py ..   has it done there; -c, -m and -u too
+
+What a run starts with sys.executable, torchrun's processes for one, it starts in this way as well.
 """
 import json
 import os
+import signal
 import socket
 import sys
+from contextlib import contextmanager
 
-IMPORTS = ("av", "einops", "PIL.Image", "safetensors.torch", "torch.utils.flop_counter", "tqdm",
-           "transformers.models.clip.modeling_clip", "transformers.models.dinov2.modeling_dinov2",
+IMPORTS = ("av", "einops", "PIL.Image", "safetensors.torch", "torch.distributed.run",
+           "torch.utils.flop_counter", "tqdm", "transformers.models.clip.modeling_clip",
+           "transformers.models.dinov2.modeling_dinov2",
            "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion")
+
+
+@contextmanager
+def forking_python(folder):
+    """The path of such a `python`, in `folder`; while this lasts its server does."""
+    import shlex
+    import subprocess
+    import tempfile
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
+        python, path = folder / "python", f"{short}/forks"      # a socket's path is at most a hundred letters
+        python.write_text(f"#!/bin/sh\nOSV_FORKS={path} exec "
+                          f'{shlex.join([sys.executable, "-IS", os.path.abspath(__file__)])} "$@"\n')
+        python.chmod(0o755)
+        listener.bind(path)
+        listener.listen()
+        command = [sys.executable, os.path.abspath(__file__), "--serve", str(listener.fileno())]
+        server = subprocess.Popen(command, cwd=folder, pass_fds=[listener.fileno()], start_new_session=True,
+                                  env=os.environ | {"OSV_PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""})
+        listener.close()                                        # if the server dies nobody shall wait for it
+        yield python
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
 
 
 def serve(fd):
     import gc
     from importlib import import_module
-    from multiprocessing import get_context
     for name in IMPORTS:
         import_module(name)
+    sys.executable = os.environ["OSV_PYTHON"]
     gc.freeze()                                                 # a collection would copy what is shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # nobody waits for those that serve
     with socket.socket(fileno=fd) as server:
         while True:
             client, _ = server.accept()
-            with client:
-                request, files, _, _ = socket.recv_fds(client, 1_000_000, 3)
-                process = get_context("fork").Process(target=run, args=(files, *json.loads(request)))
-                process.start()
-                for file in files:
-                    os.close(file)
-                process.join()
-                client.send(bytes([process.exitcode % 256]))
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                server.close()
+                answer(client)
+                os._exit(0)
+            client.close()
+
+
+def answer(client):
+    """Runs what the client asks for, and tells it the exit status."""
+    from multiprocessing import get_context
+    request, files, _, _ = socket.recv_fds(client, 1_000_000, 3)
+    process = get_context("fork").Process(target=run, args=(files, *json.loads(request)))
+    process.start()
+    for file in files:
+        os.close(file)
+    process.join()
+    client.send(bytes([process.exitcode % 256]))
 
 
 def run(files, argv, folder, environment):
@@ -44,6 +82,7 @@ def run(files, argv, folder, environment):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    argv = argv[argv[0] == "-u":]                               # here, everything is written at the end
     sys.argv = argv
     if argv[0] == "-c":
         sys.path[0], code = "", argv.pop(1)

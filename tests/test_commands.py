@@ -12,13 +12,9 @@ import csv
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -188,7 +184,7 @@ def test_each_command_is_in_one_table():
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+def tree(tmp_path_factory, request):
     """A copy of the repository with what the reader brings: .folder, .environment."""
     folder = tmp_path_factory.mktemp("readme") / "osv"
     for part in ("assets", "exercises", "results", "tests"):
@@ -214,24 +210,13 @@ def tree(tmp_path_factory):
     bin.mkdir(parents=True)
     for stamp in ("run", "dev"):                                # `make` finds everything set up
         (folder / ".venv" / stamp).touch()
-    python = [sys.executable] if ALL else [sys.executable, "-IS", str(folder / "tests/forked.py")]
-    (bin / "python").write_text(f'#!/bin/sh\nexec {shlex.join(python)} "$@"\n')
+    python = sys.executable if ALL else request.getfixturevalue("python")
+    (bin / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
     (bin / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)                   # the tests' own; a reader has it not
-    if ALL:
-        yield SimpleNamespace(folder=folder, environment=environment)
-        return
-    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
-        environment["OSV_FORKS"] = f"{short}/forks"
-        listener.bind(environment["OSV_FORKS"])
-        listener.listen()
-        server = subprocess.Popen([*python[:1], python[-1], "--serve", str(listener.fileno())], cwd=folder,
-                                  env=environment, pass_fds=[listener.fileno()], start_new_session=True)
-        listener.close()                                        # if the server dies nobody shall wait for it
-        yield SimpleNamespace(folder=folder, environment=environment)
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+    return SimpleNamespace(folder=folder, environment=environment)
+
 
 
 def opens(file):

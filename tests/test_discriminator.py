@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(triton is None, reason="there is no Triton for this platform")
 SIZES = [((4, 4), (8, 8)), ((5, 7), (14, 28)), ((8, 6), (3, 5)), ((1, 1), (9, 4)), ((3, 9), (3, 9)),
          ((7, 5), (1, 1)), ((9, 16), (41, 73)), ((2, 30), (31, 17)), ((13, 3), (14, 2)),
-         ((20, 150), (41, 602)), ((9, 300), (5, 77)), ((3, 2), (4, 701))]      # many programs a row; one wide
+         ((10, 150), (13, 602)), ((9, 300), (5, 77)), ((3, 2), (4, 701))]      # many programs a row; one wide
 
 # ---- upsample + normalise -------------------------------------------------------------------------------
 
@@ -105,7 +105,8 @@ def test_kernel_takes_any_strides(view):
 def test_kernel_gradcheck():
     """The map is linear, so finite differences are exact for any step, also in fp32."""
     x = torch.randn(1, 3, 2, 2, device=DEVICE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: fused(x, (3, 3)), x, eps=1.0, atol=1e-3, nondet_tol=0.0)
+    assert torch.autograd.gradcheck(lambda x: fused(x, (3, 3)), x, eps=1.0, atol=1e-3, nondet_tol=0.0,
+                                    fast_mode=True)
 
 
 @needs_triton
@@ -300,8 +301,8 @@ def test_it_learns_what_only_temporal_heads_can_see():
     for heads in (("spatial",), ("temporal",)):
         disc = build("latent", heads=heads, width=16)
         trained = [p for p in disc.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=3e-3, betas=(0.0, 0.99))
-        for _ in range(40):
+        optimizer = torch.optim.Adam(trained, lr=5e-3, betas=(0.0, 0.99))
+        for _ in range(20):
             start = torch.randn(8, 1, 1, 1, 1)
             real = (start + torch.linspace(-1, 1, 6).view(1, 6, 1, 1, 1)).expand(8, 6, 4, 4, 4)
             fake = torch.stack([clip[torch.randperm(6)] for clip in real])

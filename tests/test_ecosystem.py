@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import diffusers
 import huggingface_hub
 import numpy as np
-import peft
 import pytest
 import torch
 from conftest import assert_close_relative, randomize, relative_error, unet_config
@@ -191,6 +190,7 @@ def test_lora_goes_into_the_unet_of_a_diffusers_pipeline(tmp_path, pipeline_fold
 @torch.no_grad()
 def test_lora_goes_into_peft_and_back(tmp_path, pipeline_folder):
     """With alpha twice the rank: a scale that is forgotten shows. PEFT's own folder is read as it is."""
+    import peft  # three seconds
     net, inputs = small_lora(pipeline_folder, tmp_path), unet_inputs()
     tensors = load_file(tmp_path / model.LORA_FILE)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(model.lora_layers(net)))

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -235,11 +234,13 @@ def test_stubs_are_short_and_say_what_to_expect(file):
 # Grading and the capstone
 
 
-def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=plug.ROOT, capture_output=True, text=True)
+@pytest.fixture
+def run(python):
+    return lambda *command: subprocess.run([python, *map(str, command)], cwd=plug.ROOT, capture_output=True,
+                                           text=True)
 
 
-def test_a_class_is_graded_into_a_csv(tmp_path):
+def test_a_class_is_graded_into_a_csv(run, tmp_path):
     for student in ("ada", "eve"):
         shutil.copytree(plug.ROOT / "exercises", tmp_path / "class" / student,
                         ignore=lambda _, names: [name for name in names if not name.startswith("ex")])
@@ -269,7 +270,7 @@ def test_plugged_functions_are_used_wherever_they_were_imported():
     assert plug.library() == LIBRARY
 
 
-def test_capstone(tmp_path):
+def test_capstone(run, tmp_path):
     """From nothing to the table, on random networks of 32x32 pixels."""
     from transformers import Dinov2Config, Dinov2Model
     folder = tmp_path / "toy"

@@ -2,11 +2,11 @@
 import json
 import shutil
 import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,14 +14,14 @@ import data
 import evaluate
 import model
 
-TINY = ["--quick", "--device", "cpu", "--vae_steps", "2", "--image_encoder_steps", "4",
+TINY = ["--quick", "--device", "cpu", "--size", "32", "--vae_steps", "2", "--image_encoder_steps", "4",
         "--dinov2_steps", "2", "--i3d_steps", "2", "--unet_steps", "2",
         "--log_every", "1", "--num_frames", "4", "--report_clips", "4"]
 
 
-def train_toy(folder, *flags):
-    command = [sys.executable, "train_toy.py", *TINY, "--output_dir", str(folder), *flags]
-    return subprocess.run(command, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True)
+def train_toy(python, folder, *flags):
+    command = [*python, "train_toy.py", *TINY, "--output_dir", str(folder), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -69,9 +69,9 @@ def test_torchscript_detector(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy(python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    run = train_toy(folder)
+    run = train_toy([python], folder)
     assert run.returncode == 0, run.stderr
     return folder
 
@@ -81,16 +81,16 @@ def test_all_stages_make_folders_that_load(toy):
     detector = evaluate.load_detector(toy / "i3d")
     from transformers import Dinov2Model
     dino = Dinov2Model.from_pretrained(toy / "dinov2")
-    frames = data.toy_clips(0, torch.arange(1), 4, 64).frames
+    frames = data.toy_clips(0, torch.arange(1), 4, 32).frames
     with torch.no_grad():
         latents = vae.encode(frames[0])[None]
         cond = model.encode_condition(
-            vae, image_encoder, frames[:, 0], torch.zeros(1, 3, 64, 64), num_frames=4, fps=data.FPS,
+            vae, image_encoder, frames[:, 0], torch.zeros(1, 3, 32, 32), num_frames=4, fps=data.FPS,
             motion_bucket_id=127, noise_aug_strength=0.02)
         x = torch.cat((latents, cond.image_latents), dim=2)
         F_x = unet(x, torch.zeros(1), cond.image_embeds, cond.time_ids)
         tokens = dino(pixel_values=torch.zeros(1, 3, 126, 126)).last_hidden_state
-    assert F_x.shape == latents.shape == (1, 4, 4, 8, 8) and tokens.shape == (1, 82, 96)
+    assert F_x.shape == latents.shape == (1, 4, 4, 4, 4) and tokens.shape == (1, 82, 96)
     assert evaluate.video_features(detector, frames).shape == (1, data.NUM_ATTRIBUTES)
     assert all(F_x.isfinite().flatten()) and vae.config["scaling_factor"] != 0.18215
     for name in ("model_index.json", "scheduler/scheduler_config.json",
@@ -110,30 +110,28 @@ def test_report(toy):
     assert [entry["step"] for entry in log if entry["stage"] == "unet" and "loss" in entry] == [1, 2]
 
 
-def test_interrupted_training_goes_on_where_it_stopped(toy, tmp_path):
-    run = train_toy(tmp_path, "--stages", "image_encoder", "--time_limit", "0")
+def test_interrupted_training_goes_on_where_it_stopped(python, toy, tmp_path):
+    train = partial(train_toy, [python], tmp_path, "--stages", "image_encoder")
+    run = train("--time_limit", "0")
     assert run.returncode == 3 and "stopped after step 1 of 4" in run.stdout
     assert not (tmp_path / "image_encoder").exists()
-    other = train_toy(tmp_path, "--stages", "image_encoder", "--image_encoder_lr", "0.1")
+    other = train("--image_encoder_lr", "0.1")
     assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
-    run = train_toy(tmp_path, "--stages", "image_encoder")
+    run = train()
     assert run.returncode == 0, run.stderr
     whole, parts = (load_file(folder / "image_encoder" / "model.safetensors") for folder in (toy, tmp_path))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_two_processes_share_the_unet_s_batch(toy, tmp_path):
+def test_two_processes_share_the_unet_s_batch(python, toy, tmp_path):
     """Each has clips of its own and half of the batch; one of them writes. And a UNet of another shape."""
     shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("unet", ".train"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "train_toy.py", *TINY, "--output_dir", str(tmp_path / "toy"), "--stages", "unet",
-               "--unet_channels", "64", "32", "--unet_attention", "0", "1"]
-    root = Path(evaluate.__file__).parent
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    train = partial(train_toy, torchrun, tmp_path / "toy", "--stages", "unet")
+    run = train("--unet_channels", "64", "32", "--unet_attention", "0", "1")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("unet: finished") == 1
     assert model.load_unet(tmp_path / "toy").config["down_block_types"] == [
         "DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"]
-    run = subprocess.run([*command, "--overwrite", "--unet_batch_size", "3"], cwd=root, capture_output=True,
-                         text=True)
-    assert run.returncode and "does not divide by 2 processes" in run.stderr
+    run = train("--overwrite", "--unet_batch_size", "3")
+    assert run.returncode and "--unet_batch_size 3 does not divide by 2 processes" in run.stderr

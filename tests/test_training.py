@@ -471,7 +471,7 @@ def test_other_world_size_is_refused(train, two):
     assert_refused(train(1, SIX, two[1]).wait(), "world_size was 2, is 1")
 
 
-def test_torchrun_starts_a_killed_run_again(teacher, two, tmp_path):
+def test_torchrun_starts_a_killed_run_again(python, teacher, two, tmp_path):
     """Also one that was told to start over: that held for the first time."""
     (tmp_path / "mortal.py").write_text(f"""
 import os, runpy, sys
@@ -485,7 +485,8 @@ runpy.run_path("train_stage1.py", run_name="__main__")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "--max_restarts=1", str(tmp_path / "mortal.py"), "--model", str(teacher),
                "--output_dir", str(out), *FLAGS.split(), *SIX.split(), "--resume_from_checkpoint", "none"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHON_EXEC": str(python)}, text=True,
+                         capture_output=True)                   # what it starts are forks
     assert run.returncode == 0, run.stderr
     assert re.findall(r"from step (\d)", run.stdout) == ["0", "3"], run.stdout
     assert_same_run(out, two[1])
