@@ -271,7 +271,9 @@ def recorder(on):
     """
     if not on:
         return lambda function, parameters=(): function
-    torch.cuda.set_stream(torch.cuda.Stream())                  # nothing is recorded on the default stream
+    stream = torch.cuda.Stream()                                # nothing is recorded on the default stream
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_stream(stream)
     pool = torch.cuda.graph_pool_handle()
 
     def record(function, parameters=()):

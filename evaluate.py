@@ -416,7 +416,7 @@ def compare(rows, args):
         model.load_vae, model.load_image_encoder, model.load_unet))
     path = args.detector or os.path.join(args.model, "i3d")
     detector = load_detector(path, device)
-    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in detector.parameters())
+    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in detector.state_dict().values())
     num_frames = teacher.config["num_frames"]
     width, height = (side or default for side, default in zip(
         (args.width, args.height), model.default_size(teacher)))

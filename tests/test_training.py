@@ -554,6 +554,15 @@ def test_training_on_a_folder_of_videos(train, tmp_path):
     assert_refused(train(1, "--preset paper").wait(), "--data")
 
 
+def test_stage_2_goes_on_from_itself_at_another_size(train, whole):
+    """As the paper's second half of it does."""
+    run = train(2, f"--stage1 {whole[2]} --width 64 --height 64 --max_train_steps 1").wait()
+    assert run.status == 0, run.stderr
+    before, after = (load_file(folder / "student.safetensors") for folder in (whole[2], run.folder))
+    moved = max((after[name] - before[name]).abs().max() for name in before)
+    assert before.keys() == after.keys() and 0 < moved < 1e-3                  # one step of Adam, warming up
+
+
 def test_stage_1_that_does_not_fit(train, whole):
     run = train(2, f"--stage1 {whole[1]} --lora_rank 8").wait()
     assert_refused(run, "student.safetensors", "does not fit", "--lora_rank")
