@@ -1,4 +1,5 @@
 """Shared by all tests: the import path, no network, one thread, one seed, small random networks."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(items):
     with one of them at the end."""
     long = ["test_training", "test_commands", "test_toy", "test_discriminator", "test_video"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ Runs are forked from a server that has imported torch and transformers (seconds)
 the script itself. One, under torchrun, is a real command line.
 """
 import ast
+import gc
 import io
 import json
 import multiprocessing
@@ -77,6 +78,7 @@ def script(name, argv, said, environment, before):
     for number, suffix in ((1, ".out"), (2, ".err")):
         with open(said.with_suffix(suffix), "w") as file:
             os.dup2(file.fileno(), number)
+    gc.freeze()                                                 # a collection would copy what is shared
     os.environ.update(environment)
     sys.argv = [name, *argv]
     before()
