@@ -104,6 +104,12 @@ def load_detector(path, device="cpu"):
         raise model.ModelError(f"{path}: cannot be loaded as a TorchScript detector ({error})") from error
 
 
+def fingerprint(net):
+    """16 hexadecimal digits of the SHA-256 of a network's weights, in fp32."""
+    weights = b"".join(w.detach().float().cpu().numpy().tobytes() for w in net.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
 @torch.no_grad()
 def video_features(detector, frames: Tensor, batch_size: int = 64) -> Tensor:
     """Clips [b f 3 H W], uint8 or in [-1, 1] -> features [b k], of the 8-bit pixels that a viewer sees."""
@@ -416,12 +422,11 @@ def compare(rows, args):
         model.load_vae, model.load_image_encoder, model.load_unet))
     path = args.detector or os.path.join(args.model, "i3d")
     detector = load_detector(path, device)
-    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in detector.state_dict().values())
     num_frames = teacher.config["num_frames"]
     width, height = (side or default for side, default in zip(
         (args.width, args.height), model.default_size(teacher)))
     reference = open_reference(args, vae, image_encoder, detector, num_frames, width, height, device)
-    protocol = {"detector": Path(path).name, "detector_sha256": hashlib.sha256(weights).hexdigest()[:16],
+    protocol = {"detector": Path(path).name, "detector_sha256": fingerprint(detector),
                 "data": args.data, "clips": args.num_clips, "frames": num_frames, "fps": 7,
                 "size": [width, height], "seed": args.seed}
     print("protocol:", json.dumps(protocol))

@@ -139,6 +139,7 @@ if args.reference:
 # ---- beside the reference -------------------------------------------------------------------------------
 
 settings = {name: getattr(args, name) for name in ("num_clips", "stage1_steps", "stage2_steps")}
+settings["teacher"] = evaluate.fingerprint(teacher)
 found = {"date": time.strftime("%Y-%m-%d"), "settings": settings, "yours": passed, "rows": rows}
 model.write_json(args.output_dir / "capstone.json", found)
 if args.reference:
@@ -150,6 +151,7 @@ print(f"\n{'':40}{'toy-FVD':>10}{'sharpness':>10}{'reference':>20}")
 for name in rows | reference["rows"]:
     print(f"{name:40}{show(rows.get(name))}{show(reference['rows'].get(name))}")
 if reference["settings"] != settings:
-    print(f"the reference was measured with {json.dumps(reference['settings'])}: it does not compare")
+    print(f"the reference was measured with {json.dumps(reference['settings'])}, not {json.dumps(settings)}: "
+          "it does not compare")
 print(f"{time.perf_counter() - start:.0f} s ({', '.join(f'{s} {t:.0f} s' for s, t in seconds.items())}); "
       f"look at {args.output_dir / 'capstone.png'}")
