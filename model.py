@@ -44,6 +44,7 @@ CLIP_SIZE = 224                                    # the resolution of SVD's ima
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
+PIXELS_AT_ONCE = 2 ** 21                           # of frames that the VAE's decoder enlarges together
 SVD = "stabilityai/stable-video-diffusion-img2vid"
 STABILITY = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "input_blocks.")   # and its keys
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -119,7 +120,8 @@ class ResBlock(nn.Module):
         if emb is not None:                                                     # one row per clip
             shift = self.time_emb_proj(F.silu(emb))                             # b c
             h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
-        return self.conv2(self.norm2(h))
+        h = self.norm2(h)                                                       # lets go of what it was
+        return self.conv2(h)
 
     def forward(self, x, emb=None):
         return self.change(x, emb) + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
@@ -158,8 +160,18 @@ class SpatioTemporalResBlock(nn.Module):
         self.time_mixer = TimeMixer(mix_factor)
         self.mix_is_temporal = mix_is_temporal
 
-    def forward(self, x, num_frames, emb=None):
-        x = self.spatial_res_block(x, emb)                                      # (b f) c h w
+    def forward(self, x, num_frames, emb=None):                                 # (b f) c h w
+        return self.on_clips(self.on_frames(x, emb), num_frames, emb)
+
+    def on_frames(self, x, emb=None, enlarge=None):
+        """The spatial half. enlarge: a layer that frames pass first, and if no gradient is wanted a few at a
+        time: where it halves the channels, all of them in front of it would be most of a decoder's memory."""
+        if not enlarge:
+            return self.spatial_res_block(x, emb)
+        together = len(x) if torch.is_grad_enabled() else max(1, PIXELS_AT_ONCE // (4 * x[0, 0].numel()))
+        return torch.cat([self.spatial_res_block(enlarge(part)) for part in x.split(together)])
+
+    def on_clips(self, x, num_frames, emb=None):
         height, alpha = x.shape[2], self.time_mixer.alpha(x)
         x = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)
         change = self.temporal_res_block.change(x, emb)                         # b c f s
@@ -476,22 +488,27 @@ class ImageAttention(Attention):
 
 
 class VAELevel(nn.Module):
-    """One resolution of encoder or decoder: residual blocks, then a resize, but for the last. Or the middle,
-    with an attention between two residual blocks. (A checkpoint with more of them there carries weights that
-    its reference implementation never runs, and neither do we.)"""
+    """One resolution of encoder or decoder: residual blocks, then a resize, but for the last; enlarging is
+    left to the first block of the next one. Or the middle, with an attention between two residual blocks. (A
+    checkpoint with more of them there carries weights that its reference implementation never runs, and
+    neither do we.)"""
 
     def __init__(self, resnets, attentions=(), down=(), up=()):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(down), nn.ModuleList(up)
 
-    def forward(self, x, *num_frames):                              # which the blocks of the decoder ask for
+    def forward(self, x, num_frames=None, enlarge=None):            # which the blocks of the decoder ask for
         for i, resnet in enumerate(self.resnets[:2] if self.attentions else self.resnets):
             for attention in self.attentions[:i]:
                 x = attention(x)
-            x = resnet(x, *num_frames)
-        for resize in (*self.downsamplers, *self.upsamplers):
-            x = resize(x)
+            if num_frames:                          # half by half: the first one lets go of its input
+                x = resnet.on_frames(x, enlarge=enlarge)
+                x, enlarge = resnet.on_clips(x, num_frames), None
+            else:
+                x = resnet(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
         return x
 
 
@@ -537,9 +554,10 @@ class Decoder(nn.Module):
         self.time_conv_out = TemporalConv(c_image, c_image)
 
     def forward(self, x, num_frames):
-        x = self.conv_in(x)
+        x, enlarge = self.conv_in(x), None
         for level in (self.mid_block, *self.up_blocks):
-            x = level(x, num_frames)
+            x = level(x, num_frames, enlarge)
+            enlarge, = level.upsamplers or [None]
         x = self.conv_out(self.conv_norm_out(x))                                # (b f) 3 H W
         height = x.shape[2]
         x = self.time_conv_out(rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames))

@@ -185,6 +185,22 @@ def test_vae_clamps_the_log_variance():
     assert_close_relative(logvar, theirs.encode(frames).latent_dist.logvar)
 
 
+@pytest.mark.parametrize("frames_at_once", [1, 4, 100])
+def test_vae_enlarges_a_few_frames_at_a_time(frames_at_once, monkeypatch):
+    """Memory, not numbers; with a gradient all at once."""
+    net, latents = randomize(model.VAE(**vae_config())), torch.randn(6, 4, 4, 5)
+    whole = net.decode(latents, 3)                                                          # with a gradient
+    seen = []
+    for block in net.decoder.up_blocks[1:]:
+        block.resnets[0].spatial_res_block.register_forward_hook(
+            lambda module, args, out: seen.append((len(out), out.shape[-1])))
+    monkeypatch.setattr(model, "PIXELS_AT_ONCE", frames_at_once * 32 * 40)              # of the last level
+    with torch.no_grad():
+        assert_close_relative(net.decode(latents, 3), whole, 2e-6)
+    last = [count for count, width in seen if width == 40]
+    assert last == {1: [1] * 6, 4: [4, 2], 100: [6]}[frames_at_once]
+
+
 @torch.no_grad()
 def test_vae_decodes_the_frames_of_a_clip_together_and_clips_apart():
     net, latents = randomize(model.VAE(**VAES["smallest"])), torch.randn(6, 4, 8, 8)
