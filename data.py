@@ -579,7 +579,7 @@ def main():
                 "encode": (encode, "shards")}
     parser = argparse.ArgumentParser(description="Videos for training.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda problem: sys.exit(print(f"data.py: {problem}", file=sys.stderr) or 2)
+    parser.error = engine.fail
     flag = parser.add_argument
     flag("command", choices=commands, help="; ".join(f"{k} {commands[k][0].__doc__}" for k in commands))
     flag("data", help="a folder of videos, or a .csv or .jsonl list of paths; check: shards, too")
@@ -605,7 +605,7 @@ def main():
     try:
         function(args, args.out or Path(out))
     except (model.ModelError, OSError) as problem:
-        parser.error(problem)
+        parser.error(str(problem))
 
 
 if __name__ == "__main__":

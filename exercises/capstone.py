@@ -1,4 +1,4 @@
-"""The capstone: your functions train a one-step video model. Toy world, CPU, under 20 minutes.
+"""The capstone: your functions train a one-step video model. Toy world, CPU, a quarter of an hour.
 
     $ python exercises/capstone.py
     $ python exercises/capstone.py --stage1_steps 2 --stage2_steps 2 --num_clips 8      # to see it run
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import data
+import engine
 import evaluate
 import model
 import sampler
@@ -33,7 +34,7 @@ FLAGS = ("--preset toy_cpu --device cpu --mixed_precision no --num_clips 64 --re
 
 parser = argparse.ArgumentParser(description="Train with your own functions.", allow_abbrev=False,
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = lambda message: sys.exit(print(f"capstone.py: {message}", file=sys.stderr) or 2)
+parser.error = engine.fail
 flag = parser.add_argument
 flag("--answers", type=Path, default=HERE, help="folder of ex*.py")
 flag("--stage1_steps", type=int, default=90, help="training steps of stage 1")
@@ -138,8 +139,8 @@ if args.reference:
 
 # ---- beside the reference -------------------------------------------------------------------------------
 
-settings = {name: getattr(args, name) for name in ("num_clips", "stage1_steps", "stage2_steps")}
-settings["teacher"] = evaluate.fingerprint(teacher)
+settings = {name: getattr(args, name) for name in ("num_clips", "stage1_steps", "stage2_steps")} \
+    | {"teacher": evaluate.fingerprint(teacher)}
 found = {"date": time.strftime("%Y-%m-%d"), "settings": settings, "yours": passed, "rows": rows}
 model.write_json(args.output_dir / "capstone.json", found)
 if args.reference:
