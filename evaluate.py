@@ -88,20 +88,21 @@ def save_detector(detector: VideoClassifier, folder, dtype=None):
 
 def load_detector(path, device="cpu"):
     """I3D as a TorchScript file (StyleGAN-V's i3d_torchscript.pt; "i3d" fetches it from the hub), or a folder
-    that save_detector wrote. A TorchScript file is a program: take it from where you trust it."""
-    if path == "i3d":
-        from huggingface_hub import hf_hub_download
-        path = hf_hub_download(*I3D)
-    if Path(path).is_dir():
+    that save_detector wrote. Raises ModelError. A TorchScript file is a program: take it from where you
+    trust it."""
+    try:
+        if path == "i3d":
+            from huggingface_hub import hf_hub_download
+            path = hf_hub_download(*I3D)
+        if not Path(path).is_dir():
+            return torch.jit.load(os.fspath(path), map_location=device).eval()
         config = model.read_json(Path(path) / "config.json")
         detector = VideoClassifier(**{key: value for key, value in config.items() if not key.startswith("_")})
         tensors = dict(model.read_safetensors([Path(path) / "model.safetensors"]))
         detector.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
         return detector.to(device).eval()
-    try:
-        return torch.jit.load(os.fspath(path), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise model.ModelError(f"{path}: cannot be loaded as a TorchScript detector ({error})") from error
+    except (OSError, RuntimeError, TypeError, ValueError) as error:                 # of hub, file or contents
+        raise model.ModelError(f"{path}: cannot be loaded as a detector ({error})") from error
 
 
 def fingerprint(net):

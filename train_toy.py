@@ -123,10 +123,10 @@ def wanted(stage):
     return stage in args.stages and (args.overwrite or not (args.output_dir / stage / "config.json").exists())
 
 
-def load(loader, folder=args.output_dir, dtype=half):
+def load(loader, folder=args.output_dir, **how):
     """A network that is there; else the script ends with what is wrong."""
     try:
-        return loader(folder, dtype=dtype, device=device)
+        return loader(folder, device=device, **how)
     except model.ModelError as problem:
         parser.error(str(problem))
 
@@ -358,8 +358,8 @@ if wanted("i3d"):
 # ---- unet -----------------------------------------------------------------------------------------------
 
 if wanted("unet"):
-    vae, image_encoder = load(model.load_vae), load(model.load_image_encoder)
-    unet = load(model.load_unet, args.unet_init, torch.float32) if args.unet_init else model.UNet(
+    vae, image_encoder = (load(loader, dtype=half) for loader in (model.load_vae, model.load_image_encoder))
+    unet = load(model.load_unet, args.unet_init) if args.unet_init else model.UNet(
         block_out_channels=args.unet_channels, layers_per_block=1, cross_attention_dim=EMBED_DIM,
         down_block_types=["CrossAttn" * on + "DownBlockSpatioTemporal" for on in args.unet_attention],
         up_block_types=["CrossAttn" * on + "UpBlockSpatioTemporal" for on in args.unet_attention[::-1]],
@@ -414,8 +414,9 @@ def batched(function, *tensors):
 
 
 if "report" in args.stages and world.rank == 0:
-    vae, unet, image_encoder = map(load, (model.load_vae, model.load_unet, model.load_image_encoder))
-    detector = evaluate.load_detector(args.output_dir / "i3d", device)
+    vae, unet, image_encoder = (
+        load(loader, dtype=half) for loader in (model.load_vae, model.load_unet, model.load_image_encoder))
+    detector = load(evaluate.load_detector, args.output_dir / "i3d")
     f, num, scaling_factor = args.num_frames, args.report_clips, vae.config["scaling_factor"]
     to_clips = lambda x: rearrange(x.float(), "(b f) c h w -> b f c h w", f=f)
     encode = lambda frames: to_clips(vae.encode(frames.flatten(0, 1))) * scaling_factor            # b f 4 h w

@@ -110,8 +110,19 @@ def test_fvd_of_one_way_of_sampling(command, small, tmp_path):
     assert row["nfe"] == 2 and row["steps"] == 1 and np.isfinite(
         [row[key] for key in ("fvd", "interval", "sharpness", "diversity", "first_psnr", "motion")]).all()
     assert report.with_suffix(".png").stat().st_size > 0
-    bad = command("fvd", "--model", folder, "--detector", "nowhere.pt")
-    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "nowhere.pt" in bad.stderr
+
+
+def test_detectors_that_cannot_be_loaded(command, small, tmp_path):
+    """One line each: no such file; the hub out of reach; a folder whose weights are another network's."""
+    folder, _ = small
+    other = tmp_path / "i3d"
+    evaluate.save_detector(evaluate.VideoClassifier(5, channels=(8, 8, 16, 16), size=64), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_classes": 6}))
+    for detector in ("nowhere.pt", "i3d", other):
+        bad = command("fvd", "--model", folder, "--detector", detector)
+        assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1, bad.stderr
+        assert f"{detector}: cannot be loaded as a detector" in bad.stderr
 
 
 def test_figures_do_not_depend_on_the_batch(small):
