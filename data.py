@@ -111,7 +111,8 @@ def constants(device):
 @torch.no_grad()
 def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128, device="cpu",
               motion_seed: int | None = None) -> ToyClips:
-    """Clips `indices` [b] of the world `seed`. Another motion_seed: the same first frames, other futures."""
+    """Clips `indices` [b] of the world `seed`. Another motion_seed: other futures of the same first
+    frames, as fast."""
     indices = torch.as_tensor(indices, dtype=torch.int64, device=device)                # b
     chunk = max(1, CHUNK // (num_frames * size * size))
     if len(indices) > chunk:
@@ -124,8 +125,9 @@ def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128,
     count, backdrop, tone, waves, kind, colour, radius, angle, check, period, phase, place = static.split(
         [1, 1, 1, 4, k, n, n, n, n, n, 2 * n, 2 * n * LAYOUTS], dim=1)
     # Everything that the first frame must not show comes from a second stream.
-    motion = uniforms(seed if motion_seed is None else motion_seed, indices, 1, 1 + n)              # b u
-    bucket, heading = motion.split([1, n], dim=1)
+    bucket, heading = uniforms(seed, indices, 1, 1 + n).split([1, n], dim=1)            # b 1, b n
+    if motion_seed is not None:
+        heading = uniforms(motion_seed, indices, 1, n)                                  # b n
 
     corners, notch, scale, pair, palette, dark, light = constants(device)               # k each, p c, c, c
     present = torch.arange(n, device=device) < 1 + (count * n).long()                   # b n

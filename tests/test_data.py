@@ -81,6 +81,7 @@ def test_the_first_frame_does_not_tell_the_future():
     assert torch.equal(other.frames[:, 0], CLIPS.frames[:, 0])
     assert torch.equal(other.attributes[:, :data.NUM_STATIC], CLIPS.attributes[:, :data.NUM_STATIC])
     assert not torch.equal(other.attributes, CLIPS.attributes)
+    assert torch.equal(other.motion_bucket_id, CLIPS.motion_bucket_id)              # asked for, not drawn
     assert ((other.frames[:, -1] - CLIPS.frames[:, -1]).abs().mean((1, 2, 3)) > 0.01).float().mean() > 0.8
 
 
