@@ -884,16 +884,16 @@ def load_image_encoder(path, *, variant=None, revision=None, dtype=torch.float32
 
 
 def load_student(path, unet, variant=None):
-    """The distilled network at `path`, for the pipeline of `unet` and in its dtype: a UNet (a folder, a hub
-    id, or one file with diffusers' keys), or a LoRA (folder or file), which is merged into `unet`. variant:
-    of a folder that has it, as its pipeline may."""
-    file, dtype = lora_file(path), unet.conv_in.weight.dtype
+    """The distilled network at `path`, for the pipeline of `unet`, in its dtype and on its device: a UNet (a
+    folder, a hub id, or one file with diffusers' keys), or a LoRA (folder or file), which is merged into
+    `unet`. variant: of a folder that has it, as its pipeline may."""
+    file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
     if not file.is_file():
         there = any(Path(path).glob(f"**/*.{variant}*.safetensors"))
-        return load_unet(path, variant=variant if there else None, dtype=dtype)
+        return load_unet(path, variant=variant if there else None, dtype=dtype, device=device)
     if any(".lora" in key for key, _ in read_safetensors([file])):
         return merge_lora(load_lora(unet, file))
-    return load_weights(unet, [file], file, dtype, unet.conv_in.weight.device)
+    return load_weights(unet, [file], file, dtype, device)
 
 
 def load_network(cls, folder, variant, dtype, device):

@@ -250,7 +250,7 @@ def test_pipelines_saved_by_diffusers_load_here(tmp_path, monkeypatch, pipeline_
 
 def test_every_kind_of_student(tmp_path, pipeline_folder, student):
     """A folder, a pipeline folder, shards, one file with diffusers' keys (as AnimateLCM-SVD is published),
-    and a LoRA; in the dtype of the network that they take the place of."""
+    and a LoRA; in the dtype, and on the device, of the network that they take the place of."""
     expected = model.load_unet(student)
     DiffusersUNet.from_pretrained(student).save_pretrained(tmp_path / "shards", max_shard_size="300KB")
     (tmp_path / "pipeline").mkdir()
@@ -262,6 +262,8 @@ def test_every_kind_of_student(tmp_path, pipeline_folder, student):
             loaded = model.load_student(path, model.load_unet(pipeline_folder, dtype=dtype))
             assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
             assert same_weights(loaded, expected.to(dtype)) and not loaded.training
+        loaded = model.load_student(path, model.load_unet(pipeline_folder, device="meta"))
+        assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
         expected = model.load_unet(student)
     expected = model.merge_lora(small_lora(pipeline_folder, tmp_path / "lora"))
     for path in (tmp_path / "lora", str(tmp_path / "lora" / model.LORA_FILE)):
