@@ -672,7 +672,7 @@ def encode_condition(vae, image_encoder, images, noise, *, num_frames, fps, moti
 # LoRA (Hu et al., arXiv 2106.09685)
 
 LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.(0\.proj|2)"
-LORA_CONVS = LORA_TARGETS + r"|spatial_res_block\.conv(1|2|_shortcut)|(down|up)samplers\.0\.conv"
+LORA_CONVS = LORA_TARGETS + r"|proj_(in|out)|conv(1|2|_shortcut)|time_emb_proj|(down|up)samplers\.0\.conv"
 LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' name
 PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's own, with a config
 
@@ -698,15 +698,17 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.alpha / self.rank * delta
 
 
-class LoRAConv2d(nn.Conv2d):
-    """The same beside a convolution: A has its window, and B makes its channels of the rank's."""
+class LoRAConv:
+    """The same beside a convolution: A has its window, and B makes its channels of the rank's. A mixin."""
 
     def __init__(self, conv, rank, alpha):
         nn.Module.__init__(self)                    # then all that the convolution is, but its modules
         self.__dict__ |= {key: value for key, value in vars(conv).items() if key != "_modules"}
+        self.plain = [conv]                         # in a list, so no module of this one; they share weights
+        kind = nn.Conv3d if isinstance(conv, TemporalConv) else nn.Conv2d
         like = dict(bias=False, device=self.weight.device)
-        self.lora_A = nn.Conv2d(self.in_channels, rank, self.kernel_size, self.stride, self.padding, **like)
-        self.lora_B = nn.Conv2d(rank, self.out_channels, 1, **like)
+        self.lora_A = kind(self.in_channels, rank, self.kernel_size, **like)
+        self.lora_B = kind(rank, self.out_channels, 1, **like)
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha, self.active = rank, alpha, True
@@ -714,22 +716,36 @@ class LoRAConv2d(nn.Conv2d):
     def forward(self, x):
         if not self.active:
             return super().forward(x)
-        delta = F.conv2d(x, self.lora_A.weight.to(x.dtype), None, self.stride, self.padding)
-        delta = F.conv2d(delta, self.lora_B.weight.to(x.dtype))
+        # 2-D, those of a TemporalConv too: r c kh kw, c r 1 1
+        A, B = (m.weight.to(x.dtype).reshape(m.weight.shape[:4]) for m in (self.lora_A, self.lora_B))
+        delta = F.conv2d(F.conv2d(x, A, None, self.stride[:2], self.padding[:2]), B)
         return super().forward(x) + self.alpha / self.rank * delta
 
 
+class LoRAConv2d(LoRAConv, nn.Conv2d):
+    """Of each frame."""
+
+
+class LoRATemporalConv(LoRAConv, TemporalConv):
+    """Of each pixel's history."""
+
+
+LORA_LAYERS = nn.Linear, nn.Conv2d, TemporalConv
+
+
 def lora_beside(layer, rank, alpha):
-    """What takes the place of a linear layer or a convolution."""
-    return (LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear)(layer, rank, alpha)
+    """What takes the place of one of LORA_LAYERS."""
+    kind = dict(zip(LORA_LAYERS, (LoRALinear, LoRAConv2d, LoRATemporalConv)))[type(layer)]
+    return kind(layer, rank, alpha)
 
 
 def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
-    """Freezes the network and puts a trainable low-rank update beside each linear layer and 2-D convolution
-    that `targets` names: a regular expression for the end of the path. alpha defaults to rank (scale 1).
+    """Freezes the network and puts a trainable low-rank update beside each linear layer and convolution that
+    `targets` names: a regular expression for the end of the path. alpha defaults to rank (scale 1).
 
     The default is all of attention and feed-forward but attn2.to_q and to_k, which have no influence (see
-    ContextAttention); LORA_CONVS adds the frames' convolutions, as PCM (arXiv 2405.18407) trains them.
+    ContextAttention). LORA_CONVS is a longer list, that of LCM-LoRA's published adapters and PCM: with
+    all convolutions, what leads into and out of transformers, and the shift that tells the noise level.
     Returns the network. Raises ModelError if nothing matches.
     """
     assert rank > 0, f"rank {rank}: not positive"
@@ -737,7 +753,7 @@ def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
         raise ModelError("the network has LoRA layers already: merge_lora them first")
     unet.requires_grad_(False)
     paths = [path for path, layer in unet.named_modules()
-             if isinstance(layer, (nn.Linear, nn.Conv2d)) and re.search(rf"(^|\.)({targets})$", path)]
+             if type(layer) in LORA_LAYERS and re.search(rf"(^|\.)({targets})$", path)]
     if not paths:
         raise ModelError(f"no layer's name ends in {targets!r}: nothing to add LoRA to")
     for path in paths:
@@ -769,17 +785,13 @@ def merge_lora(unet, scale=1):
     """Folds every update into its layer, in place: same outputs, no extra cost. scale=-1 takes an update that
     was merged out again, up to rounding. Returns the network."""
     for path, layer in lora_layers(unet).items():
-        if isinstance(layer, nn.Conv2d):
-            kind, sizes = nn.Conv2d, (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
-                                      layer.padding)
-        else:
-            kind, sizes = nn.Linear, (layer.in_features, layer.out_features)
-        linear = kind(*sizes, bias=layer.bias is not None, device="meta")
+        plain = layer.plain[0] if isinstance(layer, LoRAConv) else nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         delta = layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)     # of a convolution, too
         delta = delta.view_as(layer.weight) * (scale * layer.alpha / layer.rank)
-        linear.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype))
-        linear.bias = layer.bias
-        unet.set_submodule(path, linear)
+        plain.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype))
+        plain.bias = layer.bias
+        unet.set_submodule(path, plain)
     return unet
 
 
@@ -825,7 +837,7 @@ def load_lora(unet, path, whole=True):
     for setting in ("use_rslora", "alpha_pattern"):               # scales that alpha / rank does not describe
         if settings.get(setting):
             raise ModelError(f"{file}: made with {setting}, which is not supported")
-    layers = {p: m for p, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = {p: m for p, m in unet.named_modules() if type(m) in LORA_LAYERS}
     loaded, own = {}, dict(unet.named_parameters())
     fitting = {key: tensors.pop(key) for key in own
                if whole and key in tensors and tensors[key].shape == own[key].shape}

@@ -71,7 +71,7 @@ flag("--lr_d", type=float, help="of the discriminator")
 flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
 flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
 flag("--lora_rank", type=engine.positive, help="rank of the student's update")
-flag("--lora_convs", action="store_true", help="LoRA on the frames' convolutions, too")
+flag("--lora_convs", action="store_true", help="LoRA on convolutions and projections, too")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora",
      help="what trains")
 flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
