@@ -215,10 +215,14 @@ def finite_step(optimizer, parameters, max_norm):
     return norm, stepped
 
 
-def warm_up(optimizer, lr, step, steps):
-    """Linear warm-up over `steps`, then constant: a pure function of the step."""
+def schedule(optimizer, lr, step, warmup_steps, decay_steps=None):
+    """Sets the learning rate, a pure function of the step: linear warm-up, then constant, or half a cosine
+    that reaches 0 at `decay_steps`."""
+    factor = min(1.0, (step + 1) / max(1, warmup_steps))
+    if decay_steps:
+        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
     for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / max(1, steps))
+        group["lr"] = lr * factor
 
 
 def pack(optimizer, prefix):

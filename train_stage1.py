@@ -69,6 +69,8 @@ flag("--workers", type=engine.positive, default=4, help="processes that decode v
 flag("--learning_rate", type=float, help="of the student")
 flag("--lr_d", type=float, help="of the discriminator")
 flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
+flag("--lr_scheduler", choices=("constant", "cosine"), default="constant",
+     help="of both from there on; cosine: to 0 at --max_train_steps")
 flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
 flag("--lora_rank", type=engine.positive, help="rank of the student's update")
 flag("--lora_convs", action="store_true", help="LoRA on convolutions and projections, too")
@@ -252,8 +254,9 @@ d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.value
 
 clock, clock_step, totals = time.perf_counter(), step, {}       # since the last log line
 while step < args.max_train_steps:
-    engine.warm_up(opt, args.learning_rate, step, args.warmup_steps)
-    engine.warm_up(opt_d, args.lr_d, step, args.warmup_steps)
+    decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
+    engine.schedule(opt, args.learning_rate, step, args.warmup_steps, decay_steps)
+    engine.schedule(opt_d, args.lr_d, step, args.warmup_steps, decay_steps)
     # For what draws by itself, the unet discriminator: each process its own.
     torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
     first = step * args.batch_size + world.rank * share

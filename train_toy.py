@@ -159,8 +159,7 @@ def train(stage, net, loss_of):
                      mininterval=1):
         number = (args.seed * 1_000_003 + step) * len(STEPS) + list(STEPS).index(stage)
         generator.manual_seed(number * world.size + world.rank)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        engine.schedule(optimizer, lr, step, warmup, steps)
         loss = loss_of(step, generator)
         loss.backward()
         weights.pull()

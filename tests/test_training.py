@@ -752,13 +752,16 @@ def test_optimizer_on_and_off_the_disk(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
 
 
-def test_warm_up():
+@pytest.mark.parametrize("decay_steps, expected", [
+    (None, [2, 4, 6, 8, 8, 8, 8]), (4, [2, 3.414, 3, 1.172, 0, 0, 0])])
+def test_learning_rate_schedule(decay_steps, expected):
+    """Warm-up alone, and times half a cosine: 1, 0.854, 0.5, 0.146 and 0 after quarters of the steps."""
     optimizer = torch.optim.SGD(two_parameters(), lr=1.0)
     rates = []
-    for step in range(6):
-        engine.warm_up(optimizer, 8.0, step, 4)
+    for step in range(7):
+        engine.schedule(optimizer, 8.0, step, 4, decay_steps)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [2, 4, 6, 8, 8, 8]
+    assert rates == pytest.approx(expected, abs=1e-3)
 
 
 def test_checkpoints_keep_the_last(tmp_path, capsys):
