@@ -30,11 +30,11 @@ from solver import NUM_SIGMAS, consistency, karras_sigmas, strided
 
 PRESETS = {
     # What a laptop's CPU does in a few minutes; falling losses, not yet a good student.
-    "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=60, learning_rate=2e-4, lr_d=2e-4,
+    "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=60, learning_rate=2e-4, lr_d=1e-3,
                     warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=10,
                     validation_teacher_steps=8),
     # The toy student on one GPU.
-    "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1500, learning_rate=2e-4, lr_d=2e-4,
+    "toy": dict(batch_size=96, num_clips=20000, max_train_steps=1500, learning_rate=2e-4, lr_d=1e-3,
                 warmup_steps=50, lora_rank=16, validation_steps=250, checkpointing_steps=250, log_steps=25),
     # The paper's setting: SVD on 8 GPUs; --data is yours. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,

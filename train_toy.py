@@ -422,8 +422,8 @@ if "report" in args.stages and world.rank == 0:
     decode = lambda x: to_clips(vae.decode(x.flatten(0, 1) / scaling_factor, f)).clamp(-1, 1)      # b f 3 H W
     sharpness = lambda frames: frames[:, -1].diff(dim=-1).abs().mean().item()
     fvd = lambda frames: evaluate.frechet_distance(features_real, evaluate.video_features(detector, frames))
-    picture = lambda name, frames: Image.fromarray(data.contact_sheet(frames).numpy()).save(
-        report_file.with_name(f"{report_file.stem}_{name}.png"))
+    picture = lambda name, frames: Image.fromarray(data.contact_sheet(frames).numpy()).reduce(2).save(
+        report_file.with_name(f"{report_file.stem}_{name}.jpg"), quality=90)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     draw = lambda x: torch.randn(x.shape, generator=generator, device=device)

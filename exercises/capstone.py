@@ -1,4 +1,4 @@
-"""The capstone: your functions train a one-step video model. Toy world, CPU, a quarter of an hour.
+"""The capstone: your functions train a one-step video model. Toy world, CPU, 15 to 20 minutes.
 
     $ python exercises/capstone.py
     $ python exercises/capstone.py --stage1_steps 2 --stage2_steps 2 --num_clips 8      # to see it run

@@ -105,7 +105,7 @@ def test_report(toy):
     assert set(report["stages"]) == {"vae", "image_encoder", "dinov2", "i3d", "unet"}
     assert report["vae_psnr"] > 0
     for name in ("reconstructions", "samples"):
-        assert (toy / ".train" / f"report_{name}.png").stat().st_size > 0
+        assert (toy / ".train" / f"report_{name}.jpg").stat().st_size > 0
     log = [json.loads(line) for line in (toy / "train_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if entry["stage"] == "unet" and "loss" in entry] == [1, 2]
 

@@ -37,7 +37,7 @@ import solver
 
 FLAGS = ("--preset toy_cpu --num_clips 8 --batch_size 2 --max_train_steps 10 --checkpointing_steps 5 "
          "--validation_steps 5 --validation_teacher_steps 2 --log_steps 1 --lora_rank 4 --warmup_steps 2 "
-         "--device cpu --mixed_precision no")
+         "--lr_d 2e-4 --device cpu --mixed_precision no")
 SIX = "--max_train_steps 6 --checkpointing_steps 3 --validation_steps 100"
 LOSSES = ["loss_d", "loss_huber", "loss_adv"]
 MACHINE = {"s_per_step", "clips_per_s", "memory_gb"}            # differ from run to run
