@@ -5,7 +5,7 @@
     Cond         what the UNet is told about the clip: encode_condition(), unconditional()
     LoRA         add_lora, merge_lora, save_lora, load_lora
     load_*       load_unet, load_vae, load_image_encoder: a folder in the diffusers layout, or a hub id
-    save_*       save_unet, save_vae, save_configs: the same layout, opened by diffusers as it is
+    save_*       save_unet, save_vae, save_image_encoder, save_configs: the same layout, as diffusers opens it
     export       a student and the rest of its pipeline in one folder, with a model card; a command, too:
 
     $ python model.py export --model assets/toy --student out/stage2/merged --output_dir out/osv
@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from clip import CLIPVision
 from norm import GroupNorm, GroupNormSiLU, geglu
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -649,8 +650,8 @@ def clip_pixels(images):
 
 def embed_image(image_encoder, images):
     """images [n 3 H W] in [-1, 1] -> CLIP embedding [n 1 d]."""
-    embeds = image_encoder(pixel_values=clip_pixels(images).to(image_encoder.dtype)).image_embeds    # n d
-    return embeds[:, None].to(images.dtype)                                     # n 1 d
+    pixels = clip_pixels(images).to(image_encoder.visual_projection.weight.dtype)
+    return image_encoder(pixels)[:, None].to(images.dtype)                      # n 1 d
 
 
 def encode_condition(vae, image_encoder, images, noise, *, num_frames, fps, motion_bucket_id,
@@ -878,21 +879,9 @@ def load_vae(path, *, variant=None, revision=None, dtype=torch.float32, device="
 
 
 def load_image_encoder(path, *, variant=None, revision=None, dtype=torch.float32, device="cpu"):
-    """Same as load_unet, for image_encoder/: transformers' CLIPVisionModelWithProjection."""
-    from transformers import CLIPVisionModelWithProjection  # here: a slow import that not all need
-    from transformers.utils import logging
-    logging.disable_progress_bar()                                      # a second's work
+    """Same as load_unet, for image_encoder/."""
     folder = find_folder(path, "image_encoder", variant, revision)
-    weight_files(folder, variant)                                       # our sentence for missing weights
-    try:
-        net, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except Exception as error:                                          # transformers raises many kinds
-        raise ModelError(f"{folder}: cannot be read as a CLIP vision model ({error})") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(problem):
-            raise ModelError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[0]}")
-    return net.to(device).eval()
+    return load_network(CLIPVision, folder, variant, dtype, device)
 
 
 def load_student(path, unet, variant=None):
@@ -927,13 +916,16 @@ def load_weights(net, files, where, dtype, device):
     there is never a second copy of the whole."""
     expected, tensors = net.state_dict(), {}
     for key, tensor in read_safetensors(files):
+        if key.endswith("embeddings.position_ids"):                     # 0, 1, 2, .. in older files of CLIP
+            continue
         if key not in expected:
             raise ModelError(f"{where}: key {key} is not part of the {type(net).__name__} in config.json")
         if tensor.shape != expected[key].shape:
             found, right = tuple(tensor.shape), tuple(expected[key].shape)
             raise ModelError(f"{where}: {key} has shape {found}, config.json asks for {right}")
         # A copy, since the file may change under the map, in the network's own memory layout.
-        tensors[key] = torch.empty_like(expected[key], dtype=dtype, device=device).copy_(tensor)
+        tensors[key] = torch.empty_strided(
+            tensor.shape, expected[key].stride(), dtype=dtype, device=device).copy_(tensor)
     missing = [key for key in expected if key not in tensors]
     if missing:
         more = f", and {len(missing) - 1} more" * (len(missing) > 1)
@@ -1022,12 +1014,14 @@ def save_unet(net, folder, dtype=None, variant=None):
     if lora_layers(net):
         raise ModelError("the network has LoRA layers: merge_lora it first, or save_lora the update alone")
     tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in net.state_dict().items()}
-    name = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors"
+    clip = isinstance(net, CLIPVision)                                  # transformers' names instead
+    name = f"{'' if clip else 'diffusion_pytorch_'}model{f'.{variant}' if variant else ''}.safetensors"
+    kind = {"dtype": str(next(iter(tensors.values())).dtype)[6:]} if clip else {"_class_name": net.class_name}
     write_safetensors(Path(folder) / name, tensors)
-    write_json(Path(folder) / "config.json", {"_class_name": net.class_name, **net.config})
+    write_json(Path(folder) / "config.json", {**net.config, **kind})
 
 
-save_vae = save_unet
+save_vae = save_image_encoder = save_unet
 
 
 def save_configs(folder):
@@ -1073,7 +1067,7 @@ def export(path, student, folder, *, unmerge=False, variant=None, revision=None,
     folder, suffix, dtype = Path(folder), None if dtype == "fp32" else dtype, DTYPES[dtype]
     save_unet(unet, folder / "unet", dtype, suffix)
     save_vae(vae, folder / "vae", dtype, suffix)
-    image_encoder.to(dtype).save_pretrained(folder / "image_encoder", variant=suffix)
+    save_image_encoder(image_encoder, folder / "image_encoder", dtype, suffix)
     save_configs(folder)
     for licence in find_folder(path, "unet", **source).parent.glob("LICENSE*"):
         shutil.copy(licence, folder)

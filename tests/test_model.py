@@ -31,6 +31,7 @@ from diffusers.loaders import PeftAdapterMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import model
 
@@ -295,13 +296,42 @@ def test_we_save_and_diffusers_loads(tmp_path, name):
     assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
 
 
+@pytest.mark.parametrize("hidden_act", ["gelu", "quick_gelu"])
+@torch.no_grad()
+def test_image_encoder_is_that_of_transformers(tmp_path, hidden_act):
+    """OpenCLIP's, which SVD has, uses gelu, OpenAI's quick_gelu. Old files have positions in them."""
+    config = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
+                  image_size=56, patch_size=14, projection_dim=24, hidden_act=hidden_act, layer_norm_eps=1e-3)
+    theirs = randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**config))).eval()
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours, pixels = model.load_image_encoder(tmp_path), torch.randn(3, 3, 56, 56)
+    assert_close_relative(ours(pixels), theirs(pixels).image_embeds)
+    model.save_image_encoder(ours, tmp_path / "out", torch.float16, "fp16")
+    back = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out", variant="fp16")
+    assert back.dtype == torch.float16 and same_weights(back, ours.half())
+
+
+def test_full_size_image_encoder_has_transformers_keys():
+    """CLIP ViT-H/14, 632 million weights."""
+    config = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14,
+                              num_attention_heads=16, projection_dim=1024, hidden_act="gelu")
+    with torch.device("meta"):
+        ours, theirs = model.CLIPVision(**config.to_dict()), CLIPVisionModelWithProjection(config)
+    shapes = lambda net: {name: tuple(p.shape) for name, p in net.named_parameters()}
+    assert shapes(ours) == shapes(theirs) and sum(p.numel() for p in ours.parameters()) == 632_076_800
+
+
+@torch.no_grad()
 def test_image_encoder_round_trip(tmp_path):
     theirs, pixels = small_image_encoder(), torch.randn(1, 3, 224, 224)
     for i, options in enumerate(({}, {"max_shard_size": "20KB"}, {"variant": "fp16"})):
         theirs.save_pretrained(tmp_path / str(i) / "image_encoder", **options)
         ours = model.load_image_encoder(tmp_path / str(i), variant=options.get("variant"))
         assert not ours.training and same_weights(ours, theirs)
-        assert_close_relative(ours(pixels).image_embeds, theirs(pixels).image_embeds, 1e-6)
+        assert_close_relative(ours(pixels), theirs(pixels).image_embeds, 1e-6)
     half = model.load_image_encoder(tmp_path / "0" / "image_encoder", dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
 
@@ -493,12 +523,13 @@ def test_broken_image_encoder_is_one_sentence(tmp_path):
         with pytest.raises(model.ModelError, match=message):
             model.load_image_encoder(tmp_path)
 
-    check("missing keys: visual_projection.weight", lambda t: t.pop("visual_projection.weight"))
-    check("unexpected keys: surplus", lambda t: t.update(surplus=torch.zeros(2)))
-    check("image_encoder: cannot", lambda t: t.update({"visual_projection.weight": torch.zeros(2, 2)}))
-    check("image_encoder: cannot", weights=b"garbage" * 100)
-    for config in (b"{", b"[]", b'{"hidden_size": "wide"}'):
-        check("image_encoder: cannot", config=config)
+    check("key visual_projection.weight is missing", lambda t: t.pop("visual_projection.weight"))
+    check("image_encoder: key surplus is not", lambda t: t.update(surplus=torch.zeros(2)))
+    check(r"weight has shape \(2, 2\)", lambda t: t.update({"visual_projection.weight": torch.zeros(2, 2)}))
+    check("model.safetensors: not a readable", weights=b"garbage" * 100)
+    check("config.json: not a readable", config=b"{")
+    for config in (b"[]", b'{"hidden_size": "wide"}'):
+        check("config.json: not a configuration of SVD's CLIPVision", config=config)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -784,21 +815,23 @@ def pipeline(pipeline_folder):
 
 @pytest.mark.parametrize("width, height", [(64, 64), (128, 96), (1024, 576), (37, 500), (224, 224)])
 @torch.no_grad()
-def test_clip_embedding_is_that_of_the_diffusers_pipeline(pipeline, width, height):
+def test_clip_embedding_is_that_of_the_diffusers_pipeline(pipeline_folder, pipeline, width, height):
     """From shrinking with blur in one or both axes to enlarging without."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels.astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None]     # 1 3 H W
     expected = pipeline._encode_image(Image.fromarray(pixels), "cpu", 1, do_classifier_free_guidance=False)
-    assert_close_relative(model.embed_image(pipeline.image_encoder, images), expected, 2e-6)
+    image_encoder = model.load_image_encoder(pipeline_folder)
+    assert_close_relative(model.embed_image(image_encoder, images), expected, 2e-6)
 
 
 @torch.no_grad()
-def test_clip_embedding_of_tensors_is_that_of_the_diffusers_pipeline(pipeline):
+def test_clip_embedding_of_tensors_is_that_of_the_diffusers_pipeline(pipeline_folder, pipeline):
     """diffusers takes tensors as 224 x 224 in [0, 1] and does not resize them. Ours are in [-1, 1], and
     resizing 224 to 224 changes nothing."""
     images = torch.rand(2, 3, 224, 224)
     expected = pipeline._encode_image(images, "cpu", 1, do_classifier_free_guidance=False)
-    assert_close_relative(model.embed_image(pipeline.image_encoder, images * 2 - 1), expected, 2e-6)
+    image_encoder = model.load_image_encoder(pipeline_folder)
+    assert_close_relative(model.embed_image(image_encoder, images * 2 - 1), expected, 2e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
