@@ -41,7 +41,7 @@ class CLIPVision(nn.Module):
         layer = partial(Layer, c, config["num_attention_heads"], config["intermediate_size"],
                         ACTIVATIONS[config.get("hidden_act", "quick_gelu")], norm)
         positions = torch.zeros(1 + (config["image_size"] // patch) ** 2, c)    # 1 + patches, c
-        embeddings = nn.ModuleDict({                        # nn.Embedding's start takes a second to import
+        embeddings = nn.ModuleDict({                        # nn.Embedding's start takes seconds to import
             "patch_embedding": nn.Conv2d(3, c, patch, patch, bias=False),
             "position_embedding": nn.ParameterDict({"weight": positions})})
         embeddings.class_embedding = nn.Parameter(torch.zeros(c))

@@ -736,8 +736,7 @@ LORA_LAYERS = nn.Linear, nn.Conv2d, TemporalConv
 
 def lora_beside(layer, rank, alpha):
     """What takes the place of one of LORA_LAYERS."""
-    kind = dict(zip(LORA_LAYERS, (LoRALinear, LoRAConv2d, LoRATemporalConv)))[type(layer)]
-    return kind(layer, rank, alpha)
+    return dict(zip(LORA_LAYERS, (LoRALinear, LoRAConv2d, LoRATemporalConv)))[type(layer)](layer, rank, alpha)
 
 
 def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):

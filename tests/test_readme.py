@@ -78,4 +78,4 @@ def test_the_file_table_is_complete_and_counts_well():
     assert {name for name, _ in listed} == set(lines)
     wrong = {name: lines[name] for name, count in listed if abs(lines[name] - int(count)) > 10}
     assert not wrong, f"lines of code, for the README's table: {wrong}"
-    assert sum(lines.values()) <= 4200 and lines["model.py"] <= 740
+    assert sum(lines.values()) <= 4200 and lines["model.py"] <= 732
