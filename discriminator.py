@@ -2,7 +2,7 @@
 
     upsample_normalize      latents -> the backbone's input size, ImageNet-normalised, in one kernel
     SpatialHead             Conv2d -> ResBlock2d -> Conv2d, each frame alone               (b f) c h w
-    TemporalHead            Conv1d -> ResBlock1d -> Conv1d, each place alone               (b h w) c f
+    TemporalHead            Conv1d -> ResBlock1d -> Conv1d, each place alone             (b h w) c f 1
     DinoFeatures            frozen DINOv2; what it looks at is the paper's main idea, `kind`:
         latent              the latents themselves, 4 -> 3 channels and upsampled: no VAE decoder (default)
         subpixel            the same through a sub-pixel convolution (version 2 of the paper, Appendix D)
@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from model import ModelError
+from norm import GroupNorm
 from solver import precondition
 
 try:
@@ -207,16 +208,17 @@ def upsample_normalize(x, size, mean, std, dtype=None):
 class Head(nn.Module):
     """conv -> norm -> LeakyReLU -> residual block -> conv to one logit per place. Spectral norm on each
     convolution bounds how steep the judgement gets; there is no batch statistic in it, so a clip's logits do
-    not depend on its neighbours."""
+    not depend on its neighbours. n c y x -> n 1 y x, fastest where channels are last in memory."""
 
-    def __init__(self, conv, c, width, kernel):
+    def __init__(self, c, width, kernel):
         super().__init__()
-        pad = kernel // 2
-        self.conv_in = spectral_norm(conv(c, width, 1))
-        self.norm_in = nn.GroupNorm(math.gcd(width, 8), width)
-        self.conv_res = spectral_norm(conv(width, width, kernel, padding=pad))
-        self.norm_res = nn.GroupNorm(math.gcd(width, 8), width)
-        self.conv_out = spectral_norm(conv(width, 1, kernel, padding=pad))
+        conv = lambda c_in, c_out, kernel: spectral_norm(
+            nn.Conv2d(c_in, c_out, kernel, padding=[k // 2 for k in kernel]))
+        self.conv_in = conv(c, width, (1, 1))
+        self.norm_in = GroupNorm(math.gcd(width, 8), width)
+        self.conv_res = conv(width, width, kernel)
+        self.norm_res = GroupNorm(math.gcd(width, 8), width)
+        self.conv_out = conv(width, 1, kernel)
 
     def forward(self, x):
         x = F.leaky_relu(self.norm_in(self.conv_in(x)), 0.2)
@@ -228,22 +230,23 @@ class SpatialHead(Head):
     """Judges each frame alone: (b f) c h w -> b k."""
 
     def __init__(self, c, width):
-        super().__init__(nn.Conv2d, c, width, kernel=3)
+        super().__init__(c, width, kernel=(3, 3))
 
     def forward(self, x, num_frames):
         return rearrange(super().forward(x), "(b f) 1 h w -> b (f h w)", f=num_frames)
 
 
 class TemporalHead(Head):
-    """Judges the history of each place alone: (b f) c h w -> (b h w) c f -> b k."""
+    """Judges the history of each place alone: (b f) c h w -> (b h w) c f -> b k. The paper's Conv1d: windows
+    are 7 frames long and one place wide."""
 
     def __init__(self, c, width):
-        super().__init__(nn.Conv1d, c, width, kernel=7)
+        super().__init__(c, width, kernel=(7, 1))
 
     def forward(self, x, num_frames):
         size = x.shape[-2:]
-        x = rearrange(x, "(b f) c h w -> (b h w) c f", f=num_frames)
-        return rearrange(super().forward(x), "(b h w) 1 f -> b (f h w)", h=size[0], w=size[1])
+        x = rearrange(x, "(b f) c h w -> (b h w) f c", f=num_frames).mT[..., None]          # (b h w) c f 1
+        return rearrange(super().forward(x), "(b h w) 1 f 1 -> b (f h w)", h=size[0], w=size[1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -378,5 +381,7 @@ class Discriminator(nn.Module):
     def forward(self, latents, cond=None):
         num_frames = latents.shape[1]
         maps = self.features(latents, cond)                                     # levels of (b f) c h w
-        return torch.cat([head(x.to(head.conv_in.weight.dtype), num_frames).float()
-                          for x, heads in zip(maps, self.heads) for head in heads.values()], dim=1)   # b k
+        dtype = maps[0].dtype                   # heads are fp32, but compute in what the features come in
+        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            logits = [head(x, num_frames) for x, heads in zip(maps, self.heads) for head in heads.values()]
+        return torch.cat([x.float() for x in logits], dim=1)                                          # b k

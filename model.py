@@ -695,8 +695,9 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         if not self.active:
             return super().forward(x)
-        delta = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
-        return super().forward(x) + self.alpha / self.rank * delta
+        low = F.linear(x, self.lora_A.weight.to(x.dtype)).flatten(0, -2)                    # n rank
+        out, B = super().forward(x), self.lora_B.weight.to(x.dtype)
+        return torch.addmm(out.flatten(0, -2), low, B.T, alpha=self.alpha / self.rank).view_as(out)
 
 
 class LoRAConv:
@@ -720,7 +721,7 @@ class LoRAConv:
         # 2-D, those of a TemporalConv too: r c kh kw, c r 1 1
         A, B = (m.weight.to(x.dtype).reshape(m.weight.shape[:4]) for m in (self.lora_A, self.lora_B))
         delta = F.conv2d(F.conv2d(x, A, None, self.stride[:2], self.padding[:2]), B)
-        return super().forward(x) + self.alpha / self.rank * delta
+        return torch.add(super().forward(x), delta, alpha=self.alpha / self.rank)
 
 
 class LoRAConv2d(LoRAConv, nn.Conv2d):

@@ -243,13 +243,14 @@ class FusedGroupNorm(torch.autograd.Function):
         assert x.is_contiguous(memory_format=torch.channels_last), f"strides {x.stride()}: not channels-last"
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         columns = triton.next_power_of_2(size)
+        together = min(triton.next_power_of_2(chunks), max(1, 4 * TILE // columns))
         means, squares = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
         mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
         out = torch.empty_like(x)
         _moments_kernel[grid](x, means, squares, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
         _statistics_kernel[n * groups,](
             means, squares, mean, rstd, eps, L, c, rows, chunks, size,
-            CHUNKS=max(1, 4 * TILE // columns), SIZE=columns, num_warps=8)
+            CHUNKS=together, SIZE=columns, num_warps=max(1, min(8, together * columns // 128)))
         _forward_kernel[grid](x, weight, bias, mean, rstd, out, L, c, rows, chunks, size,
                               ROWS=2 * tile, BLOCK=block, SILU=silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd)

@@ -209,13 +209,13 @@ record = engine.recorder(args.cuda_graph and device.type == "cuda" and part == s
 
 @torch.no_grad()
 def prepare(numbers):
-    """What a step asks the student, and what counts as real: x_t, sigma_t, cond, real, weight."""
+    """What a step asks the student, and what it gets to see: x_t, sigma_t, cond, real, target, weight."""
     x0, cond = latents.take(numbers)                                            # b f c h w
     i = (data.uniforms(args.seed, numbers, 11, 1)[:, 0] * NUM_SIGMAS).long()
     sigma_t = sigmas[i.to(device)]                                              # b
     noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)
     x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
-    return x_t, sigma_t, cond, x0, None
+    return x_t, sigma_t, cond, x0, x0, None
 
 
 # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
@@ -231,11 +231,11 @@ def d_step(x_t, sigma_t, real, *cond):
 
 
 # ---- G step: D is frozen, gradients flow through it into the student
-def g_step(x0_pred, x_t, sigma_t, real, weight, *cond):
+def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     cond = model.Cond(*cond)
     if x0_pred is None:
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
-    loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
+    loss_huber = pseudo_huber(x0_pred, target, args.huber_c, weight)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
         loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
@@ -269,14 +269,14 @@ while step < args.max_train_steps:
     x0_pred = None
     if args.adv_weight:
         disc.train()
-        for x_t, sigma_t, cond, real, _ in parts:
+        for x_t, sigma_t, cond, real, _, _ in parts:
             x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
             add(loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
         norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     disc.requires_grad_(False)
-    for x_t, sigma_t, cond, real, weight in parts:
-        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, real, weight, *cond)
+    for x_t, sigma_t, cond, _, target, weight in parts:
+        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, target, weight, *cond)
         add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.pull()

@@ -82,6 +82,8 @@ flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default
      help="what it sees")
 flag("--heads", nargs="+", choices=("spatial", "temporal"), default=["spatial", "temporal"], help="its heads")
 flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 10; 0 trains without a discriminator")
+flag("--real", choices=("ema", "data"), default="ema", help="what the discriminator takes for real: what "
+     "theta^- makes of x_s, as the paper does, or clips as in stage 1")
 flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
 flag("--num_solver_steps", type=int, default=5, help="m: Euler steps of the teacher from x_t to x_s")
 flag("--guidance", type=float, nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("A", "B", "C", "D"),
@@ -246,7 +248,7 @@ def distil(x_t, grid, guidance, *cond):
 
 @torch.no_grad()
 def prepare(numbers):
-    """What a step asks the student, and what counts as real: x_t, sigma_t, cond, real, weight."""
+    """What a step asks the student, and what it gets to see: x_t, sigma_t, cond, real, target, weight."""
     x0, cond = latents.take(numbers)                                            # b f c h w
     i, low, high = data.uniforms(args.seed, numbers, 11, 3).to(device).T        # b each
     i = (i * NUM_SIGMAS).long()
@@ -260,7 +262,8 @@ def prepare(numbers):
     guidance = (low + (high - low) * ramp)[:, :, None, None, None]              # b f 1 1 1
     torch._foreach_copy_(list(ema_copies.values()), list(ema.values()))
     x0_target = distil(x_t, grid, None if max(args.guidance) == 1 else guidance, *cond)
-    return x_t, sigma_t, cond, x0_target, consistency_weight(sigma_t, sigma_s, args.weight_exponent)
+    real = x0 if args.real == "data" else x0_target
+    return x_t, sigma_t, cond, real, x0_target, consistency_weight(sigma_t, sigma_s, args.weight_exponent)
 
 
 # ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
@@ -276,11 +279,11 @@ def d_step(x_t, sigma_t, real, *cond):
 
 
 # ---- G step: D is frozen, gradients flow through it into the student
-def g_step(x0_pred, x_t, sigma_t, real, weight, *cond):
+def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     cond = model.Cond(*cond)
     if x0_pred is None:
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
-    loss_huber = pseudo_huber(x0_pred, real, args.huber_c, weight)
+    loss_huber = pseudo_huber(x0_pred, target, args.huber_c, weight)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
         loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
@@ -314,14 +317,14 @@ while step < args.max_train_steps:
     x0_pred = None
     if args.adv_weight:
         disc.train()
-        for x_t, sigma_t, cond, real, _ in parts:
+        for x_t, sigma_t, cond, real, _, _ in parts:
             x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
             add(loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
         norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     disc.requires_grad_(False)
-    for x_t, sigma_t, cond, real, weight in parts:
-        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, real, weight, *cond)
+    for x_t, sigma_t, cond, _, target, weight in parts:
+        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, target, weight, *cond)
         add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.pull()
