@@ -2,7 +2,7 @@
 
     upsample_normalize      latents -> the backbone's input size, ImageNet-normalised, in one kernel
     SpatialHead             Conv2d -> ResBlock2d -> Conv2d, each frame alone               (b f) c h w
-    TemporalHead            Conv1d -> ResBlock1d -> Conv1d, each place alone             (b h w) c f 1
+    TemporalHead            Conv1d -> ResBlock1d -> Conv1d, each place alone             (b h w) c 1 f
     DinoFeatures            frozen DINOv2; what it looks at is the paper's main idea, `kind`:
         latent              the latents themselves, 4 -> 3 channels and upsampled: no VAE decoder (default)
         subpixel            the same through a sub-pixel convolution (version 2 of the paper, Appendix D)
@@ -238,15 +238,15 @@ class SpatialHead(Head):
 
 class TemporalHead(Head):
     """Judges the history of each place alone: (b f) c h w -> (b h w) c f -> b k. The paper's Conv1d: windows
-    are 7 frames long and one place wide."""
+    are 7 frames wide and one place high."""
 
     def __init__(self, c, width):
-        super().__init__(c, width, kernel=(7, 1))
+        super().__init__(c, width, kernel=(1, 7))
 
     def forward(self, x, num_frames):
         size = x.shape[-2:]
-        x = rearrange(x, "(b f) c h w -> (b h w) f c", f=num_frames).mT[..., None]          # (b h w) c f 1
-        return rearrange(super().forward(x), "(b h w) 1 f 1 -> b (f h w)", h=size[0], w=size[1])
+        x = rearrange(x, "(b f) c h w -> (b h w) f c", f=num_frames).mT[:, :, None]         # (b h w) c 1 f
+        return rearrange(super().forward(x), "(b h w) 1 1 f -> b (f h w)", h=size[0], w=size[1])
 
 
 # ---------------------------------------------------------------------------------------------------------

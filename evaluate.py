@@ -8,6 +8,7 @@
     measure               one way of sampling -> all its figures
 
     $ python evaluate.py fvd --student out/stage2/merged --sampler tts      # one way of sampling, any --data
+    $ python evaluate.py student --report results/student.json  # the one in assets/, beside its teacher
     $ python evaluate.py table1 --report results/table1.json
     $ python evaluate.py table2 --rows a b --report results/table2.json
     $ python evaluate.py heads --report results/heads.json  # what the discriminator's heads can tell apart
@@ -350,6 +351,10 @@ RUNS = {
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
 # the same pictures are as near as one can come: the distance between two sets of clips is never 0.
 FLOOR = ("real", "other futures", None)
+SHIPPED = [
+    FLOOR, ("teacher", "25", None), ("teacher", "8", None), ("teacher", "2", None), ("teacher", "1", None),
+    ("shipped", "1", None), ("shipped", "tts", None), ("shipped", "2", None),
+    ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
 TABLE1 = [
     FLOOR,
     ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25), ("teacher", "1", 1177.34),
@@ -448,7 +453,8 @@ def compare(rows, args):
                 folder, seconds = trained(run, seed, args)
             if run not in ("teacher", "real"):
                 net = model.load_unet(args.model, dtype=dtype, device=device)
-                net = model.load_student(folder if run in RUNS else run, net)
+                student = folder if run in RUNS else sampler.STUDENT if run == "shipped" else run
+                net = model.load_student(student, net)
             if run == "real":
                 if args.data != "toy":
                     continue
@@ -467,20 +473,22 @@ def compare(rows, args):
             if args.report:                             # what is done is on the disk
                 model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})
                 sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1     # (n rows) f 3 H W
-                Image.fromarray(data.contact_sheet(sheet).numpy()).save(args.report.with_suffix(".png"))
+                sheet = Image.fromarray(data.contact_sheet(sheet).numpy()).reduce(2)
+                sheet.save(args.report.with_suffix(".jpg"), quality=90)
     return {"protocol": protocol, "rows": results}
 
 
 def readme(root=Path(__file__).parent):
     """Writes what lies in results/ into the README, between marks like <!-- table1 --> and <!-- end -->."""
     text = (root / "README.md").read_text()
-    for name in ("table1", "table2"):
+    for name in ("student", "table1", "table2"):
         file, mark = root / "results" / f"{name}.json", f"<!-- {name} -->\n"
         if file.exists() and mark in text:
             before, rest = text.split(mark, 1)
             text = before + mark + markdown(model.read_json(file)) + rest[rest.index("<!-- end -->"):]
     (root / "README.md").write_text(text)
-    plot(model.read_json(root / "results" / "table1.json")["rows"], root / "results" / "table1_nfe.png")
+    if (root / "results" / "table1.json").exists():
+        plot(model.read_json(root / "results" / "table1.json")["rows"], root / "results" / "table1_nfe.png")
 
 
 def markdown(result):
@@ -540,14 +548,15 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = engine.fail
     flag = parser.add_argument
-    flag("what", choices=["fvd", "table1", "table2", "heads", "readme"], help="see the top of this file")
+    flag("what", choices=["fvd", "student", "table1", "table2", "heads", "readme"],
+         help="see the top of this file")
     flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder or hub id: the teacher")
     flag("--seed", type=int, default=0, help="of clips and noise")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     flag("--report", type=Path, help="JSON file to write")
     group = parser.add_argument_group("fvd and tables").add_argument
     group("--data", default="toy", help="toy, or real clips: a folder or list of videos, see data.py")
-    group("--num_clips", type=int, default=1024, help="real clips, and as many generated ones per row")
+    group("--num_clips", type=int, default=2048, help="real clips, and as many generated ones per row")
     group("--width", type=int, help="of the clips (None: what the UNet is configured for)")
     group("--height", type=int, help="of the clips")
     group("--batch_size", type=int, default=128 if torch.cuda.is_available() else 16,
@@ -579,8 +588,8 @@ def main():
             result = heads_table(args)
         elif args.what == "fvd":
             result = compare([(args.student or "teacher", args.sampler, None)], args)
-        elif args.what == "table1":
-            result = compare(TABLE1, args)
+        elif args.what in ("student", "table1"):
+            result = compare({"student": SHIPPED, "table1": TABLE1}[args.what], args)
         else:
             result = compare([FLOOR, *(row for name in args.rows for row in TABLE2[name])], args)
     except model.ModelError as problem:

@@ -119,12 +119,14 @@ def decode(vae, x0, decode_chunk_size=None, progress=iter):
     decode_chunk_size: frames at a time; fewer need less memory, but frames on the two sides of a cut no
     longer see each other, so they differ a little from those of a decode in one go (the default).
     """
-    num_clips, num_frames = x0.shape[:2]
+    num_frames, size = x0.shape[1], decode_chunk_size or x0.shape[1]
     latents = rearrange(x0 / vae.config["scaling_factor"], "b f c h w -> (b f) c h w")
-    size = decode_chunk_size or num_frames
-    spans = [(n * num_frames + i, n * num_frames + min(i + size, num_frames))
-             for n in range(num_clips) for i in range(0, num_frames, size)]
-    frames = torch.cat([vae.decode(latents[i:j], num_frames=j - i).float() for i, j in progress(spans)])
+    if size < num_frames:
+        parts = [part for clip in latents.split(num_frames) for part in clip.split(size)]
+    else:                                       # small clips together, as much at a time as one of SVD is
+        together = max(1, 14 * 72 * 128 // x0[0, :, 0].numel())
+        parts = latents.split(together * num_frames)
+    frames = torch.cat([vae.decode(part, min(len(part), num_frames)).float() for part in progress(parts)])
     return rearrange(frames.clamp(-1, 1), "(b f) c h w -> b f c h w", f=num_frames)
 
 

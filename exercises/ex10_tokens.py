@@ -5,7 +5,7 @@ self.size_for(h, w) -> self.backbone(pixel_values=..., output_hidden_states=True
 n (1 + patches) d: CLS, then patches row by row, each self.patch pixels wide -> for the depths self.levels a
 map n d h' w', CLS added to each patch. Latents are in [-1, 1]; the backbone wants
 ((x + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD. Head: maps (b f) c h w -> the history of each place
-(b h w) c f 1 -> super().forward, n c f 1 to n 1 f 1 -> logits b (f h w). OSV Fig. 4; discriminator.py.
+(b h w) c 1 f -> super().forward, n c 1 f to n 1 1 f -> b (f h w). OSV Fig. 4. Mirrors discriminator.py.
 """
 import discriminator
 
@@ -17,7 +17,7 @@ class DinoFeatures(discriminator.DinoFeatures):
 
 class TemporalHead(discriminator.Head):
     def __init__(self, c, width):
-        super().__init__(c, width, kernel=(7, 1))           # given: a Conv1d along f
+        super().__init__(c, width, kernel=(1, 7))           # given: a Conv1d along f
 
     def forward(self, x, num_frames):
         raise NotImplementedError

@@ -109,7 +109,7 @@ def test_fvd_of_one_way_of_sampling(command, small, tmp_path):
     row, = result["rows"]
     assert row["nfe"] == 2 and row["steps"] == 1 and np.isfinite(
         [row[key] for key in ("fvd", "interval", "sharpness", "diversity", "first_psnr", "motion")]).all()
-    assert report.with_suffix(".png").stat().st_size > 0
+    assert report.with_suffix(".jpg").stat().st_size > 0
 
 
 def test_detectors_that_cannot_be_loaded(command, small, tmp_path):

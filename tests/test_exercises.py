@@ -619,8 +619,8 @@ def test_ex10_temporal_head(TemporalHead):
         for i in range(2):
             for j in range(4):
                 history = torch.stack([x[3 * b + f, :, i, j] for f in range(3)], dim=1)         # c f
-                judged = discriminator.Head.forward(head, history[None, :, :, None])                # 1 1 f 1
-                expected[b, :, i, j] = judged[0, 0, :, 0].detach()
+                judged = discriminator.Head.forward(head, history[None, :, None])                   # 1 1 1 f
+                expected[b, :, i, j] = judged[0, 0, 0].detach()
     expect("the logits of 2 clips", logits, expected.flatten(1),
            "(b f) c h w -> (b h w) c f, and back to b (f h w)")
 

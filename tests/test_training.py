@@ -583,7 +583,7 @@ def test_command_line(train, stage):
 def test_help_shows_the_defaults_of_the_preset(train, stage):
     said = {preset: " ".join(train(stage, f"--preset {preset} --help").wait().stdout.split())
             for preset in ("toy_cpu", "toy")}
-    for preset, clips, steps in (("toy_cpu", 64, 8), ("toy", 20000, 25)):
+    for preset, clips, steps in (("toy_cpu", 64, 8), ("toy", 60000 - 20000 * stage, 25)):
         assert f"to train on (default: {clips})" in said[preset], said[preset]
         assert f"of the teacher there (default: {steps})" in said[preset]
 
