@@ -95,8 +95,13 @@ class TemporalConv(nn.Conv3d):
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
 
-    def forward(self, x):                                                       # b c f s
-        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
+    def _conv_forward(self, x, weight, bias):                                   # b c f s
+        return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
+
+
+def without_bias(conv, x):
+    """conv(x) less the bias, which PyTorch adds in a pass of its own: what follows takes it along."""
+    return conv._conv_forward(x, conv.weight, None)
 
 
 class ResBlock(nn.Module):
@@ -117,11 +122,11 @@ class ResBlock(nn.Module):
 
     def change(self, x, emb=None):                                              # n c .. .., b d
         """What the block adds to its input."""
-        h = self.conv1(self.norm1(x))
+        h, shift = without_bias(self.conv1, self.norm1(x)), self.conv1.bias[None]           # 1 c
         if emb is not None:                                                     # one row per clip
-            shift = self.time_emb_proj(F.silu(emb))                             # b c
-            h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
-        h = self.norm2(h)                                                       # lets go of what it was
+            shift = shift + self.time_emb_proj(F.silu(emb))                     # b c
+        shift = repeat(shift, "b c -> (b f) c", f=len(h) // len(shift))
+        h = self.norm2(h, shift)                                                # lets go of what it was
         return self.conv2(h)
 
     def forward(self, x, emb=None):
@@ -715,13 +720,14 @@ class LoRAConv:
         nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha, self.active = rank, alpha, True
 
-    def forward(self, x):
+    def _conv_forward(self, x, weight, bias):
+        out = super()._conv_forward(x, weight, bias)
         if not self.active:
-            return super().forward(x)
+            return out
         # 2-D, those of a TemporalConv too: r c kh kw, c r 1 1
         A, B = (m.weight.to(x.dtype).reshape(m.weight.shape[:4]) for m in (self.lora_A, self.lora_B))
         delta = F.conv2d(F.conv2d(x, A, None, self.stride[:2], self.padding[:2]), B)
-        return torch.add(super().forward(x), delta, alpha=self.alpha / self.rank)
+        return torch.add(out, delta, alpha=self.alpha / self.rank)
 
 
 class LoRAConv2d(LoRAConv, nn.Conv2d):

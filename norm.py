@@ -43,10 +43,16 @@ if triton:
         return n.to(tl.int64), first, tl.minimum(rows, L - first), c
 
     @triton.jit
-    def _moments_kernel(x, means, squares, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    def _shift(shift, n, c, C):
+        """What is added to the columns of table n before all else; a kernel given None leaves it out."""
+        return 0.0 if shift is None else tl.load(shift + n * C + c).to(tl.float32)
+
+    @triton.jit
+    def _moments_kernel(x, shift, means, squares, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                         AT_ONCE: tl.constexpr):
-        """Each column of a chunk: its mean, and the sum of squared deviations from it. Sums are of deviations
-        from a pivot, the mean of the first rows, so that nothing cancels where the mean is large."""
+        """Each column of a chunk: its mean, which the shift moves, and the sum of squared deviations from it,
+        which stays. Sums are of deviations from a pivot, the mean of the first rows, so that nothing cancels
+        where the mean is large."""
         n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
         row = tl.arange(0, ROWS)[:, None]
         x += (n * L + first) * C                                # in 64 bits, as n is
@@ -64,7 +70,7 @@ if triton:
             x += ROWS * AT_ONCE * C
         total, square = tl.sum(total, axis=0), tl.sum(square, axis=0)
         at = (n * chunks + first // rows) * C + c
-        tl.store(means + at, pivot + total / count)
+        tl.store(means + at, pivot + total / count + _shift(shift, n, c, C))
         tl.store(squares + at, square - total * total / count)
 
     @triton.jit
@@ -102,11 +108,14 @@ if triton:
         return tl.load(values + n * (C // size) + c // size)[None]
 
     @triton.jit
-    def _parameters(weight, bias, c):
-        return tl.load(weight + c).to(tl.float32)[None], tl.load(bias + c).to(tl.float32)[None]
+    def _normalisation(shift, weight, bias, mean, rstd, n, c, C, size):
+        """Of each column, 1 BLOCK: what to subtract, what to multiply by, weight, bias."""
+        centre = _of_columns(mean, n, c, C, size) - _shift(shift, n, c, C)
+        weight, bias = tl.load(weight + c).to(tl.float32)[None], tl.load(bias + c).to(tl.float32)[None]
+        return centre, _of_columns(rstd, n, c, C, size), weight, bias
 
     @triton.jit
-    def _forward_kernel(x, weight, bias, mean, rstd, out, L, C, rows, chunks, size,
+    def _forward_kernel(x, shift, weight, bias, mean, rstd, out, L, C, rows, chunks, size,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
         """Last chunk first: it is what the moments' kernel has left in the cache."""
         n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
@@ -114,11 +123,10 @@ if triton:
         x += (n * L + first) * C
         out += (n * L + first) * C
         at = row * C + c[None]
-        weight, bias = _parameters(weight, bias, c)
-        centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size) * weight
+        centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
         for done in range(0, count, ROWS):
             there = row < count - done
-            value = (tl.load(x + at, there, 0.0).to(tl.float32) - centre) * scale + bias
+            value = (tl.load(x + at, there, 0.0).to(tl.float32) - centre) * (scale * weight) + bias
             if SILU:
                 value = value / (1 + tl.exp(-value))
             tl.store(out + at, value.to(out.dtype.element_ty), there)
@@ -137,7 +145,7 @@ if triton:
         return x, grad
 
     @triton.jit
-    def _sums_kernel(x, grad, weight, bias, mean, rstd, sums, L, C, rows, chunks, size,
+    def _sums_kernel(x, grad, shift, weight, bias, mean, rstd, sums, L, C, rows, chunks, size,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SILU: tl.constexpr):
         """Each column of a chunk: the sum of the gradient in front of the SiLU, and behind all of these the
         sums of it times the normalised input."""
@@ -146,8 +154,7 @@ if triton:
         x += (n * L + first) * C
         grad += (n * L + first) * C
         at = row * C + c[None]
-        weight, bias = _parameters(weight, bias, c)
-        centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size)
+        centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
         plain, times_x = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
         for done in range(0, count, ROWS * AT_ONCE):
             for more in tl.static_range(AT_ONCE):
@@ -164,8 +171,8 @@ if triton:
         tl.store(sums + tl.num_programs(0) * BLOCK + at, tl.sum(times_x, axis=0))
 
     @triton.jit
-    def _backward_kernel(x, grad, weight, bias, mean, rstd, plain, times_x, grad_x, L, C, rows, chunks, size,
-                         ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
+    def _backward_kernel(x, grad, shift, weight, bias, mean, rstd, plain, times_x, grad_x, L, C, rows, chunks,
+                         size, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
         """The gradient of the input. `plain` and `times_x` are a group's sums, weights included: what the
         gradient loses because mean and standard deviation move with the input."""
         n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
@@ -174,8 +181,7 @@ if triton:
         grad += (n * L + first) * C
         grad_x += (n * L + first) * C
         at = row * C + c[None]
-        weight, bias = _parameters(weight, bias, c)
-        centre, scale = _of_columns(mean, n, c, C, size), _of_columns(rstd, n, c, C, size)
+        centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
         plain = _of_columns(plain, n, c, C, size) / L / size
         times_x = _of_columns(times_x, n, c, C, size) / L / size
         for done in range(0, count, ROWS):
@@ -223,6 +229,12 @@ if triton:
         tl.store(grad_x + wide + C, of_gate.to(grad_x.dtype.element_ty), there)
 
 
+def has_kernels(x, channels_last=False):
+    """Whether x is computed on by the kernels, or else by the PyTorch expression."""
+    return (triton and not torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64
+            and (not channels_last or x.is_contiguous(memory_format=torch.channels_last)))
+
+
 def cut(x):
     """How the tables of x are cut: columns per program, rows per tile, rows per chunk, chunks per table."""
     n, c, h, w = x.shape
@@ -238,53 +250,67 @@ class FusedGroupNorm(torch.autograd.Function):
     them). x is read twice forward, x and the gradient twice backward. The arithmetic is fp32."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
+    def forward(ctx, x, weight, bias, groups, eps, silu, shift=None):                # shift: n c
         (n, c, h, w), (block, tile, rows, chunks) = x.shape, cut(x)
         assert x.is_contiguous(memory_format=torch.channels_last), f"strides {x.stride()}: not channels-last"
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
-        columns = triton.next_power_of_2(size)
-        together = min(triton.next_power_of_2(chunks), max(1, 4 * TILE // columns))
+        shift = None if shift is None else shift.contiguous()
+        wide = triton.next_power_of_2(size)
+        together = min(triton.next_power_of_2(chunks), max(1, 4 * TILE // wide))
         means, squares = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
         mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
         out = torch.empty_like(x)
-        _moments_kernel[grid](x, means, squares, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
+        _moments_kernel[grid](x, shift, means, squares, L, c, rows, chunks, ROWS=tile, BLOCK=block,
+                              AT_ONCE=AT_ONCE)
         _statistics_kernel[n * groups,](
             means, squares, mean, rstd, eps, L, c, rows, chunks, size,
-            CHUNKS=together, SIZE=columns, num_warps=max(1, min(8, together * columns // 128)))
-        _forward_kernel[grid](x, weight, bias, mean, rstd, out, L, c, rows, chunks, size,
+            CHUNKS=together, SIZE=wide, num_warps=max(1, min(8, together * wide // 128)))
+        _forward_kernel[grid](x, shift, weight, bias, mean, rstd, out, L, c, rows, chunks, size,
                               ROWS=2 * tile, BLOCK=block, SILU=silu)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        columns = None
+        if shift is not None and ctx.needs_input_grad[6]:           # their means; the last chunk is shorter
+            columns = (rows * means.sum(1) - (rows * chunks - L) * means[:, -1]) / L           # n c
+        ctx.save_for_backward(x, shift, weight, bias, mean, rstd, columns)
         ctx.silu = silu
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, shift, weight, bias, mean, rstd, columns = ctx.saved_tensors
         (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, mean.shape[1], cut(x)
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         grad = grad.contiguous(memory_format=torch.channels_last)
         sums, grad_x = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
-        _sums_kernel[grid](x, grad, weight, bias, mean, rstd, sums, L, c, rows, chunks, size,
+        _sums_kernel[grid](x, grad, shift, weight, bias, mean, rstd, sums, L, c, rows, chunks, size,
                            ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE, SILU=ctx.silu)
         sums = sums.sum(2)                                                      # 2 n c
-        of_group = (sums * weight).view(2, n, groups, size).sum(3)             # 2 n groups
-        _backward_kernel[grid](x, grad, weight, bias, mean, rstd, *of_group, grad_x, L, c, rows, chunks, size,
-                               ROWS=tile, BLOCK=block, SILU=ctx.silu)
+        weighted = (sums * weight).view(2, n, groups, size)
+        of_group = weighted.sum(3)                                              # 2 n groups
+        _backward_kernel[grid](x, grad, shift, weight, bias, mean, rstd, *of_group, grad_x, L, c, rows,
+                               chunks, size, ROWS=tile, BLOCK=block, SILU=ctx.silu)
         grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        grad_shift = None
+        if columns is not None:                     # the sums of grad_x, from what is known of its columns
+            mean, rstd, plain, times_x = (t[..., None] for t in (mean, rstd, *of_group))       # n groups 1
+            away = (columns.view(n, groups, size) - mean) * rstd
+            grad_shift = rstd * (weighted[0] - (plain + away * times_x) / size)                # n groups size
+            grad_shift = grad_shift.view(n, c).to(shift.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, grad_shift
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm of x [n c h w]. Channels-last on CUDA it is the kernels; elsewhere, in fp64 and in another
-    layout it is the PyTorch expression, and for torch.compile, which fuses it with what stands around it."""
+    """nn.GroupNorm of x [n c h w], or of x + shift [n c]. Channels-last on CUDA it is the kernels, which add
+    the shift on the way; elsewhere, in fp64 and in another layout it is the PyTorch expression, and for
+    torch.compile, which fuses it with what stands around it."""
 
     silu = False
 
-    def forward(self, x):
-        if (triton and not torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64
-                and x.is_contiguous(memory_format=torch.channels_last)):
-            return FusedGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
+    def forward(self, x, shift=None):
+        if has_kernels(x, channels_last=True):
+            settings = self.num_groups, self.eps, self.silu
+            return FusedGroupNorm.apply(x, self.weight, self.bias, *settings, shift)
+        x = x if shift is None else x + shift[:, :, None, None]
         x = super().forward(x.contiguous())         # on a CPU, PyTorch's own lets squares cancel otherwise
         return F.silu(x) if self.silu else x
 
@@ -328,7 +354,7 @@ class FusedGEGLU(torch.autograd.Function):
 def geglu(x):
     """x [.. 2d] -> its first half times gelu of the second, [.. d]. On CUDA it is the kernels; elsewhere, in
     fp64 and for torch.compile the PyTorch expression."""
-    if triton and not torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64:
+    if has_kernels(x):
         return FusedGEGLU.apply(x)
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)

@@ -65,6 +65,29 @@ def test_kernel_is_group_norm_and_silu(shape, tiles):
 
 
 @needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_takes_a_shift_along(shape, tiles):
+    """The norm of x + shift, and what each of them has to do with it; also a shift that swamps x."""
+    for factor, tolerance in ((1.0, 1e-5), (300.0, 3e-4)):
+        x, weight, bias = inputs(shape)
+        shift = (factor * torch.randn(shape[:2], device=DEVICE)).requires_grad_()
+        y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, True, shift)
+        reference = expected(x.double() + shift.double()[:, :, None, None], weight, bias, eps=0.1)
+        torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
+        grad, wanted = torch.randn_like(y), (x, weight, bias, shift)
+        ours = torch.autograd.grad(y, wanted, grad)
+        theirs = torch.autograd.grad(reference, wanted, grad.double())
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
+    shift = torch.randn(1, shape[1], device=DEVICE)                 # one for all: expanded, and at rest
+    y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, False, shift.expand(shape[:2]))
+    shifted = x + shift[:, :, None, None]
+    torch.testing.assert_close(y, fused(shifted, weight, bias, False, 0.1), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert x.grad is not None and shift.grad is None
+
+
+@needs_triton
 @pytest.mark.parametrize("mean, std", [(1000.0, 1.0), (-3.0, 1e-3)])
 def test_kernel_keeps_a_small_deviation_from_a_large_mean(mean, std, tiles):
     """Sums of squares would lose it: 1000^2 in fp32 is known to 0.06. What is left is the rounding of the
@@ -187,9 +210,13 @@ def test_module_is_pytorchs(silu):
     x = torch.randn(2, 64, 3, 5)
     y = F.silu(theirs(x)) if silu else theirs(x)
     assert torch.equal(ours(x), y)
-    ours, x = ours.to(DEVICE), x.to(DEVICE)
+    shift = torch.randn(2, 64)
+    assert torch.equal(ours(x, shift), ours(x + shift[:, :, None, None]))
+    ours, x, shift = ours.to(DEVICE), x.to(DEVICE), shift.to(DEVICE)
     for layout in (torch.contiguous_format, torch.channels_last):
-        torch.testing.assert_close(ours(x.contiguous(memory_format=layout)).cpu(), y, rtol=1e-5, atol=1e-5)
+        x = x.contiguous(memory_format=layout)
+        torch.testing.assert_close(ours(x).cpu(), y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x - shift[:, :, None, None], shift).cpu(), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -363,19 +390,22 @@ def test_geglu_of_more_elements_than_32_bits_can_count():
 
 
 def watch(net):
-    """Hooks that note which convolutions and norms ran, and what they got or gave that is not channels-last.
-    (The input of the first convolution comes from outside.)"""
-    ran, wrong = [], {}
+    """Notes which convolutions and norms ran, and what they got or gave that is not channels-last. (The input
+    of the first convolution comes from outside.)"""
+    ran, wrong, last = [], {}, {"memory_format": torch.channels_last}
 
-    def look(module, given, out, name):
+    def look(function, name, x, *others):
+        out = function(x, *others)
         ran.append(name)
-        for what, x in {"in": given[0], "out": out}.items():
-            if not x.is_contiguous(memory_format=torch.channels_last) and f"{name} {what}" != "conv_in in":
-                wrong[f"{name} {what}"] = x.shape, x.stride()
+        for what, tensor in {"in": x, "out": out}.items():
+            if not tensor.is_contiguous(**last) and f"{name} {what}" != "conv_in in":
+                wrong[f"{name} {what}"] = tensor.shape, tensor.stride()
+        return out
 
     for name, module in net.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.GroupNorm)):
-            module.register_forward_hook(partial(look, name=name))
+            method = "forward" if isinstance(module, nn.GroupNorm) else "_conv_forward"
+            setattr(module, method, partial(look, getattr(module, method), name))
     return ran, wrong
 
 
@@ -387,7 +417,7 @@ def test_networks_stay_channels_last(tmp_path, monkeypatch):
     convolution gets anything else, which would be converted first, and no norm, which would be slow."""
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(GroupNorm, "forward", nn.GroupNorm.forward)
+        monkeypatch.setattr(GroupNorm, "forward", lambda net, x, shift=None: nn.GroupNorm.forward(net, x))
     model.save_unet(randomize(model.UNet(**unet_config())), tmp_path / "unet")
     model.save_vae(randomize(model.VAE(**vae_config())), tmp_path / "vae")
     unet = model.load_unet(tmp_path, dtype=torch.bfloat16).to(DEVICE)
