@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision
-from norm import GroupNorm, GroupNormSiLU, geglu
+from norm import GroupNorm, GroupNormSiLU, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
@@ -121,16 +121,19 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def change(self, x, emb=None):                                              # n c .. .., b d
-        """What the block adds to its input."""
+        """What the block adds to its input, less the bias of conv2."""
         h, shift = without_bias(self.conv1, self.norm1(x)), self.conv1.bias[None]           # 1 c
         if emb is not None:                                                     # one row per clip
             shift = shift + self.time_emb_proj(F.silu(emb))                     # b c
         shift = repeat(shift, "b c -> (b f) c", f=len(h) // len(shift))
         h = self.norm2(h, shift)                                                # lets go of what it was
-        return self.conv2(h)
+        return without_bias(self.conv2, h)
 
     def forward(self, x, emb=None):
-        return self.change(x, emb) + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        change, bias = self.change(x, emb), self.conv2.bias
+        if hasattr(self, "conv_shortcut"):
+            x, bias = without_bias(self.conv_shortcut, x), bias + self.conv_shortcut.bias
+        return residual(x, change, bias)
 
 
 class TemporalResBlock(ResBlock):
@@ -178,10 +181,10 @@ class SpatioTemporalResBlock(nn.Module):
         return torch.cat([self.spatial_res_block(enlarge(part)) for part in x.split(together)])
 
     def on_clips(self, x, num_frames, emb=None):
-        height, alpha = x.shape[2], self.time_mixer.alpha(x)
+        height, alpha, temporal = x.shape[2], self.time_mixer.alpha(x), self.temporal_res_block
         x = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)
-        change = self.temporal_res_block.change(x, emb)                         # b c f s
-        x = torch.addcmul(x, change, alpha if self.mix_is_temporal else 1 - alpha)
+        scale = alpha if self.mix_is_temporal else 1 - alpha
+        x = residual(x, temporal.change(x, emb), temporal.conv2.bias, scale)    # b c f s
         return rearrange(x, "b c f (h w) -> (b f) c h w", h=height)
 
 

@@ -195,6 +195,21 @@ if triton:
             grad_x += ROWS * C
 
     @triton.jit
+    def _residual_kernel(x, y, bias, scale, out, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """x + scale * (y + bias), a tile of a table per program; what is None is left out."""
+        n, first, count, c = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), BLOCK)      # n is 0
+        row = tl.arange(0, ROWS)[:, None]
+        start, at, there = (n * L + first) * C, row * C + c[None], row < count
+        value = tl.load(y + start + at, there, 0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + c).to(tl.float32)[None]
+        if scale is not None:
+            value *= tl.load(scale).to(tl.float32)
+        if x is not None:
+            value += tl.load(x + start + at, there, 0.0).to(tl.float32)
+        tl.store(out + start + at, value.to(out.dtype.element_ty), there)
+
+    @triton.jit
     def _halves(x, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """A program's tile of a table x of L rows of 2 C numbers: what is in their left halves, what in the
         right ones, the gates. And where that is in rows of C and of 2 C, from `start` or twice that on."""
@@ -321,6 +336,52 @@ class GroupNormSiLU(GroupNorm):
     silu = True
 
 
+def launch(kernel, size, C, *tensors):
+    """One program for each tile of a table of `size` numbers, rows of C."""
+    block = min(C & -C, BLOCK)                      # the largest power of two that divides C
+    L, rows = size // C, TILE // block
+    kernel[triton.cdiv(L, rows) * (C // block),](*tensors, L, C, ROWS=rows, BLOCK=block)
+
+
+class FusedResidual(torch.autograd.Function):
+    """The kernel, on channels-last tensors n c h w: tables of rows of c numbers. Nothing is kept for the way
+    back, unless the scale trains. The arithmetic is fp32."""
+
+    @staticmethod
+    def forward(ctx, x, y, bias, scale):
+        last = dict(memory_format=torch.channels_last)
+        assert y.is_contiguous(**last) and (x is None or x.is_contiguous(**last)), "not channels-last"
+        out = torch.empty_like(y)
+        launch(_residual_kernel, y.numel(), y.shape[1], x, y, bias, scale, out)
+        ctx.save_for_backward(scale, *((y, bias) if ctx.needs_input_grad[3] else ()))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        scale, *others = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_y, grad_bias, grad_scale = grad, None, None
+        if scale is not None:
+            grad_y = FusedResidual.apply(None, grad, None, scale)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.sum((0, 2, 3))                                   # c
+        if others:
+            grad_scale = (grad * FusedResidual.apply(None, *others, None)).sum().view_as(scale)
+        return grad if ctx.needs_input_grad[0] else None, grad_y, grad_bias, grad_scale
+
+
+def residual(x, y, bias=None, scale=None):
+    """x + scale * (y + bias), with x and y [n c h w], bias [c] and scale [1], where they are given. It is one
+    pass over memory where has_kernels says so, and else the PyTorch expression."""
+    if has_kernels(y, channels_last=True) and (x is None or has_kernels(x, channels_last=True)):
+        return FusedResidual.apply(x, y, bias, scale)
+    y = y if bias is None else y + bias[:, None, None]
+    if scale is None:
+        return y if x is None else x + y
+    return scale * y if x is None else torch.addcmul(x, y, scale)
+
+
 class FusedGEGLU(torch.autograd.Function):
     """The kernels, on CUDA (or on CPU tensors in Triton's interpreter). x is read once forward, x and the
     gradient once backward, and nothing but x is kept in between. The arithmetic is fp32."""
@@ -330,7 +391,7 @@ class FusedGEGLU(torch.autograd.Function):
         assert x.shape[-1] % 2 == 0, f"shape {tuple(x.shape)}: rows have no halves"
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        FusedGEGLU.launch(_geglu_kernel, x, out)
+        launch(_geglu_kernel, out.numel(), out.shape[-1], x, out)
         ctx.save_for_backward(x)
         return out
 
@@ -339,16 +400,8 @@ class FusedGEGLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        FusedGEGLU.launch(_geglu_backward_kernel, x, grad.contiguous(), grad_x)
+        launch(_geglu_backward_kernel, grad.numel(), grad.shape[-1], x, grad.contiguous(), grad_x)
         return grad_x
-
-    @staticmethod
-    def launch(kernel, x, *others):
-        """One program for each tile of the result."""
-        L, C = x.shape[:-1].numel(), x.shape[-1] // 2
-        block = min(C & -C, BLOCK)                  # the largest power of two that divides C
-        rows = TILE // block
-        kernel[triton.cdiv(L, rows) * (C // block),](x, *others, L, C, ROWS=rows, BLOCK=block)
 
 
 def geglu(x):

@@ -1,4 +1,5 @@
 """The fused GroupNorm and GEGLU in Triton's interpreter (or on a GPU); memory layout of the networks."""
+import copy
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model
 import norm
-from norm import FusedGEGLU, FusedGroupNorm, GroupNorm, GroupNormSiLU, geglu, triton
+from norm import FusedGEGLU, FusedGroupNorm, FusedResidual, GroupNorm, GroupNormSiLU, geglu, residual, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")       # to inf, and 1 / inf is 0
@@ -384,6 +385,96 @@ def test_geglu_of_more_elements_than_32_bits_can_count():
     expected_geglu(last).sum().backward()
     assert_close_relative(y[-8:], expected_geglu(pattern), 2 ** -8)
     assert_close_relative(x.grad[-8:], last.grad, 2 ** -8)
+
+
+# ---- residual connections -------------------------------------------------------------------------------
+
+RESIDUALS = [(joined, biased, scaled) for joined in (True, False) for biased in (True, False)
+             for scaled in (True, False)]
+
+
+def residual_inputs(shape, joined=True, biased=True, scaled=True):
+    """x and y, channels-last, bias and scale; what is not wanted is None."""
+    x, bias, _ = inputs(shape)
+    y, scale = inputs(shape)[0], torch.rand(1, device=DEVICE, requires_grad=True)
+    bias = torch.randn(shape[1], device=DEVICE, requires_grad=True)
+    return x if joined else None, y, bias if biased else None, scale if scaled else None
+
+
+@needs_triton
+@pytest.mark.parametrize("given", RESIDUALS)
+def test_residual_kernel_is_pytorchs_expression(given, tiles):
+    """Values and gradients as in fp64, of each combination of what may be left out."""
+    for shape in SHAPES:
+        tensors = residual_inputs(shape, *given)
+        wanted = [tensor for tensor in tensors if tensor is not None]
+        y = FusedResidual.apply(*tensors)
+        reference = residual(*(None if tensor is None else tensor.double() for tensor in tensors))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.double(), reference, rtol=1e-6, atol=1e-6)
+        grad = torch.randn_like(y)
+        for layout in (torch.channels_last, torch.contiguous_format):
+            ours = torch.autograd.grad(y, wanted, grad.contiguous(memory_format=layout), retain_graph=True)
+            theirs = torch.autograd.grad(reference, wanted, grad.double(), retain_graph=True)
+            for a, b in zip(ours, theirs):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_residual_kernel_rounds_once(dtype):
+    """bias and scale may be fp32, or whatever x is. (To bf16 the interpreter cuts off.)"""
+    x, y, bias, scale = (tensor.detach() for tensor in residual_inputs((2, 96, 5, 4)))
+    eps = torch.finfo(dtype).eps / 2 * (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1)
+    x, y = x.to(dtype), y.to(dtype)
+    for others in ((bias, scale), (bias.to(dtype), scale.to(dtype))):
+        out, exact = FusedResidual.apply(x, y, *others), residual(*(t.double() for t in (x, y, *others)))
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact, rtol=1.01 * eps, atol=1e-6)
+
+
+@needs_triton
+def test_residual_keeps_nothing_that_does_not_train():
+    """x + scale * (y + bias) with all but x and y frozen: their gradients need neither of them."""
+    x, y, bias, scale = residual_inputs((2, 32, 4, 4))
+    out = FusedResidual.apply(x, y, bias.detach(), scale.detach())
+    assert [tensor.numel() for tensor in out.grad_fn.saved_tensors] == [1]
+    with pytest.raises(AssertionError, match="not channels-last"):
+        FusedResidual.apply(x, y.detach().contiguous(), None, None)
+
+
+def as_if_on_a_gpu(x, channels_last=False):
+    """For has_kernels: layouts and dtypes count, devices do not."""
+    return x.dtype != torch.float64 and (
+        not channels_last or x.is_contiguous(memory_format=torch.channels_last))
+
+
+@needs_triton
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("c_in, c_emb, kind", [(64, 16, False), (32, None, True)])
+def test_residual_blocks_with_kernels_are_those_in_fp64(monkeypatch, c_in, c_emb, kind, lora):
+    """Of UNet and VAE, with and without a shortcut: output, and the gradients of all that trains."""
+    monkeypatch.setattr(norm, "has_kernels", as_if_on_a_gpu)
+    net = randomize(model.SpatioTemporalResBlock(c_in, 64, c_emb, mix_is_temporal=kind)).to(DEVICE)
+    if lora:
+        model.add_lora(net, 2, targets=r"conv(1|2|_shortcut)|time_emb_proj")
+        for layer in model.lora_layers(net).values():
+            nn.init.normal_(layer.lora_B.weight)
+    exact = copy.deepcopy(net).double()
+    for parameter in (*net.parameters(), *exact.parameters()):
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    x = torch.randn(6, c_in, 5, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    emb = torch.randn(2, 16, device=DEVICE) if c_emb else None
+    results, grad = [], torch.randn(6, 64, 5, 3, device=DEVICE)
+    for block, dtype in ((net, torch.float32), (exact, torch.float64)):
+        given = x.to(dtype).requires_grad_()
+        out = block(given, 3, emb if emb is None else emb.to(dtype))
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        results.append((out, *torch.autograd.grad(out, (given, *trained), grad.to(dtype))))
+    assert len(results[0]) > 8
+    for one, other in zip(*results):
+        assert_close_relative(one, other, 1e-5)
 
 
 # ---- memory layout --------------------------------------------------------------------------------------
