@@ -45,6 +45,7 @@ CLIP_SIZE = 224                                    # the resolution of SVD's ima
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
+FOLD_UPSAMPLING = False                            # see Upsample
 PIXELS_AT_ONCE = 2 ** 21                           # of frames that the VAE's decoder enlarges together
 SVD = "stabilityai/stable-video-diffusion-img2vid"
 STABILITY = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "input_blocks.")   # and its keys
@@ -228,14 +229,27 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbour doubling, then a 3x3 convolution. Of its nine taps those that fall on the same small
+    pixel can be added up beforehand, at most four are left: a transposed 4x4 convolution with stride 2, which
+    needs no enlarged copy of x."""
 
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x):                                                       # n c h w
+        if FOLD_UPSAMPLING and type(self.conv) is nn.Conv2d:                    # not one with LoRA
+            h = F.conv_transpose2d(x, self.folded(), stride=2, padding=1)
+        else:
+            h = without_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return residual(None, h, self.conv.bias)                                # n c 2h 2w
+
+    def folded(self):
+        """The 4x4 weight. It is the 3x3 one turned round, as transposed convolutions have it, and then as x
+        would have been, doubled: each number is put on 2x2 places."""
+        weight = self.conv.weight.flip(2, 3).transpose(0, 1)                    # c_in c_out 3 3
+        weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)           # c_in c_out 4 4
+        return weight.contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------
