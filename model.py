@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision
-from norm import GroupNorm, GroupNormSiLU, geglu, residual
+from norm import GroupNorm, GroupNormSiLU, LayerNorm, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
@@ -295,11 +295,11 @@ class SpatialTransformerBlock(nn.Module):
 
     def __init__(self, c, num_heads, c_context):
         super().__init__()
-        self.norm1 = nn.LayerNorm(c)
+        self.norm1 = LayerNorm(c)
         self.attn1 = self.attention(c, num_heads=num_heads)
-        self.norm2 = nn.LayerNorm(c)
+        self.norm2 = LayerNorm(c)
         self.attn2 = ContextAttention(c, c_context)
-        self.norm3 = nn.LayerNorm(c)
+        self.norm3 = LayerNorm(c)
         self.ff = FeedForward(c)
 
     def forward(self, x, context):                                              # b f s c,  b 1 d
@@ -315,7 +315,7 @@ class TemporalTransformerBlock(SpatialTransformerBlock):
 
     def __init__(self, c, num_heads, c_context):
         super().__init__(c, num_heads, c_context)
-        self.norm_in = nn.LayerNorm(c)
+        self.norm_in = LayerNorm(c)
         self.ff_in = FeedForward(c)
 
     def forward(self, x, context):

@@ -195,6 +195,49 @@ if triton:
             grad_x += ROWS * C
 
     @triton.jit
+    def _normalised_rows(x, at, there, eps, C):
+        """A tile of whole rows, normalised, 0 where nothing is, and one over their standard deviations."""
+        x = tl.load(x + at, there, 0.0).to(tl.float32)
+        x = tl.where(there, x - tl.sum(x, axis=1)[:, None] / C, 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(x * x, axis=1) / C + eps)[:, None]
+        return x * rstd, rstd
+
+    @triton.jit
+    def _layer_norm_kernel(x, weight, bias, out, eps, L, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        """ROWS rows per program; WIDTH is the power of two that C fits in."""
+        row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None]
+        first, at = tl.program_id(0) * ROWS, row * C + c
+        there, start = (row < L - first) & (c < C), first.to(tl.int64) * C
+        value, _ = _normalised_rows(x + start, at, there, eps, C)
+        value = value * tl.load(weight + c, c < C, 0.0).to(tl.float32)
+        value += tl.load(bias + c, c < C, 0.0).to(tl.float32)
+        tl.store(out + start + at, value.to(out.dtype.element_ty), there)
+
+    @triton.jit
+    def _layer_norm_backward_kernel(x, grad, weight, grad_x, sums, eps, L, C, rows, ROWS: tl.constexpr,
+                                    WIDTH: tl.constexpr):
+        """Row by row, which has all that it needs. If the weights train: over the `rows` rows of a program
+        the sums of the gradient of each column, and of that times the normalised input."""
+        row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None]
+        weight = tl.load(weight + c, c < C, 0.0).to(tl.float32)
+        plain, times_x = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+        for done in range(0, rows, ROWS):
+            first, at = tl.program_id(0) * rows + done, row * C + c
+            there, start = (row < L - first) & (c < C), first.to(tl.int64) * C
+            value, rstd = _normalised_rows(x + start, at, there, eps, C)
+            g = tl.load(grad + start + at, there, 0.0).to(tl.float32)
+            if sums is not None:
+                plain += g
+                times_x += g * value
+            g *= weight
+            g = g - tl.sum(g, axis=1)[:, None] / C - value * (tl.sum(g * value, axis=1)[:, None] / C)
+            tl.store(grad_x + start + at, (rstd * g).to(grad_x.dtype.element_ty), there)
+        if sums is not None:
+            sums += tl.program_id(0) * C + c
+            tl.store(sums, tl.sum(plain, axis=0)[None], c < C)
+            tl.store(sums + tl.num_programs(0) * C, tl.sum(times_x, axis=0)[None], c < C)
+
+    @triton.jit
     def _residual_kernel(x, y, bias, scale, out, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """x + scale * (y + bias), a tile of a table per program; what is None is left out."""
         n, first, count, c = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), BLOCK)      # n is 0
@@ -380,6 +423,50 @@ def residual(x, y, bias=None, scale=None):
     if scale is None:
         return y if x is None else x + y
     return scale * y if x is None else torch.addcmul(x, y, scale)
+
+
+class FusedLayerNorm(torch.autograd.Function):
+    """The kernels. A program holds whole rows, so x is read once each way, and nothing else is kept. The
+    arithmetic is fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        x = x.contiguous()
+        out, (L, C, tile) = torch.empty_like(x), FusedLayerNorm.table(x)
+        _layer_norm_kernel[triton.cdiv(L, tile["ROWS"]),](x, weight, bias, out, eps, L, C, **tile)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weight), grad_bias, grad_weight, sums = ctx.saved_tensors, None, None, None
+        grad_x, (L, C, tile) = torch.empty_like(x), FusedLayerNorm.table(x)
+        rows = triton.cdiv(triton.cdiv(L, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
+        programs = triton.cdiv(L, max(1, rows))
+        if any(ctx.needs_input_grad[1:]):
+            sums = x.new_empty(2, programs, C, dtype=torch.float32)
+        _layer_norm_backward_kernel[programs,](
+            x, grad.contiguous(), weight, grad_x, sums, ctx.eps, L, C, rows, **tile)
+        if sums is not None:
+            grad_bias, grad_weight = sums.sum(1)                                # c each
+        return grad_x, grad_weight, grad_bias, None
+
+    @staticmethod
+    def table(x):
+        """Number of rows, numbers of each, and what a program takes at once."""
+        width = triton.next_power_of_2(x.shape[-1])
+        return x.shape[:-1].numel(), x.shape[-1], dict(ROWS=max(1, TILE // width), WIDTH=width)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm of x [.. c]: the kernels where has_kernels says so, and else the PyTorch expression."""
+
+    def forward(self, x):
+        if has_kernels(x):
+            return FusedLayerNorm.apply(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
 
 
 class FusedGEGLU(torch.autograd.Function):

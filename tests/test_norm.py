@@ -11,7 +11,18 @@ from torch.utils.checkpoint import checkpoint
 
 import model
 import norm
-from norm import FusedGEGLU, FusedGroupNorm, FusedResidual, GroupNorm, GroupNormSiLU, geglu, residual, triton
+from norm import (
+    FusedGEGLU,
+    FusedGroupNorm,
+    FusedLayerNorm,
+    FusedResidual,
+    GroupNorm,
+    GroupNormSiLU,
+    LayerNorm,
+    geglu,
+    residual,
+    triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")       # to inf, and 1 / inf is 0
@@ -240,6 +251,86 @@ def test_module_compiles_as_one_graph():
         results.append((y, *torch.autograd.grad(y, (x, *net.parameters()), grad)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+# ---- LayerNorm ------------------------------------------------------------------------------------------
+
+# .. c of tokens: SVD's and the toy world's widths, odd ones, one row, one column.
+TOKENS = [(1, 2, 5, 320), (11, 96), (2, 7, 64), (1, 640), (3, 1280), (70, 33), (5, 1), (1, 3, 2)]
+
+
+def expected_layer_norm(x, weight, bias, eps=1e-5):
+    """In fp64, by PyTorch."""
+    return F.layer_norm(x.double(), x.shape[-1:], weight.double(), bias.double(), eps)
+
+
+def layer_norm_inputs(shape, dtype=torch.float32, mean=0.0):
+    tensors = torch.randn(shape) + mean, torch.randn(shape[-1]), torch.randn(shape[-1])
+    return [tensor.to(DEVICE, dtype).requires_grad_() for tensor in tensors]
+
+
+@needs_triton
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("shape", TOKENS)
+def test_layer_norm_kernel_is_layer_norm(shape, mean, tiles):
+    """Values and gradients as in fp64, less what the mean takes of fp32's digits."""
+    tensors, tolerance = layer_norm_inputs(shape, mean=mean), 1e-5 * (1 + mean)
+    y, reference = FusedLayerNorm.apply(*tensors, 1e-2), expected_layer_norm(*tensors, 1e-2)
+    torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, tensors, grad, retain_graph=True)
+    theirs = torch.autograd.grad(reference, tensors, grad.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
+    frozen = [tensor.detach() for tensor in tensors[1:]]
+    y = FusedLayerNorm.apply(tensors[0], *frozen, 1e-2)
+    torch.testing.assert_close(torch.autograd.grad(y, tensors[0], grad)[0], ours[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layer_norm_kernel_rounds_once(dtype):
+    """(To bf16 the interpreter cuts off.) The parameters may stay fp32."""
+    eps = torch.finfo(dtype).eps / 2 * (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1)
+    for parameters in (dtype, torch.float32):
+        x, weight, bias = layer_norm_inputs((9, 96), dtype)
+        weight, bias = (tensor.detach().to(parameters).requires_grad_() for tensor in (weight, bias))
+        y, reference = FusedLayerNorm.apply(x, weight, bias, 1e-5), expected_layer_norm(x, weight, bias)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), reference, rtol=1.01 * eps, atol=1e-5)
+        grad = torch.randn_like(y)
+        ours = torch.autograd.grad(y, (x, weight, bias), grad)
+        theirs = torch.autograd.grad(reference, (x, weight, bias), grad.double())
+        for a, b in zip(ours, theirs):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a.double(), b.double(), rtol=2.02 * eps, atol=1e-4)
+
+
+@needs_triton
+def test_layer_norm_kernel_takes_any_layout():
+    """Of the input and of the gradient; and no rows at all."""
+    _, weight, bias = layer_norm_inputs((64,))
+    x = torch.randn(6, 64, 5, device=DEVICE).transpose(1, 2).requires_grad_()               # 6 5 64
+    grad = torch.randn(6, 64, 5, device=DEVICE).transpose(1, 2)
+    results = []
+    for given, g in ((x, grad), (x.detach().contiguous().requires_grad_(), grad.contiguous())):
+        y = FusedLayerNorm.apply(given, weight, bias, 1e-5)
+        results.append((y, *torch.autograd.grad(y, (given, weight, bias), g)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    nothing = torch.empty(2, 0, 64, device=DEVICE, requires_grad=True)
+    FusedLayerNorm.apply(nothing, weight, bias, 1e-5).sum().backward()
+    assert nothing.grad.shape == nothing.shape and not weight.grad.any()
+
+
+def test_layer_norm_module_is_pytorchs():
+    """The same keys, and elsewhere than on CUDA the same expression; there the kernels."""
+    ours, theirs, x = LayerNorm(96), randomize(nn.LayerNorm(96)), torch.randn(2, 5, 96)
+    ours.load_state_dict(theirs.state_dict())
+    y = theirs(x)
+    assert torch.equal(ours(x), y) and torch.equal(ours.double()(x.double()), theirs.double()(x.double()))
+    on_device = ours.float().to(DEVICE)(x.to(DEVICE))
+    torch.testing.assert_close(on_device.cpu(), y, rtol=1e-5, atol=1e-5)
+    assert DEVICE == "cpu" or "FusedLayerNorm" in on_device.grad_fn.name()
 
 
 # ---- GEGLU ----------------------------------------------------------------------------------------------
