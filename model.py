@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision
-from norm import GroupNorm, GroupNormSiLU, LayerNorm, geglu, residual
+from norm import GroupNorm, GroupNormSiLU, LayerNorm, frame_attention, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
@@ -192,8 +192,6 @@ class SpatioTemporalResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention among the pixels of each frame, x [b f s c]."""
 
-    heads = "(b f) a s c"
-
     def __init__(self, c, c_context=None, num_heads=1, bias=False):
         super().__init__()
         self.num_heads = num_heads
@@ -203,16 +201,20 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x):
-        q, k, v = (rearrange(layer(x), f"b f s (a c) -> {self.heads}", a=self.num_heads)
-                   for layer in (self.to_q, self.to_k, self.to_v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(out, f"{self.heads} -> b f s (a c)", b=len(x)))
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        return self.to_out[0](self.attend(q, k, v, self.num_heads))
+
+    @staticmethod
+    def attend(q, k, v, num_heads):
+        b = len(q)
+        q, k, v = (rearrange(x, "b f s (a c) -> (b f) a s c", a=num_heads) for x in (q, k, v))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "(b f) a s c -> b f s (a c)", b=b)
 
 
 class TemporalAttention(Attention):
     """The same among the frames, each pixel alone."""
 
-    heads = "(b s) a f c"
+    attend = staticmethod(frame_attention)
 
 
 class Downsample(nn.Module):

@@ -18,6 +18,7 @@ In PyTorch it is two passes, both over halves of rows, which are not contiguous:
 """
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 try:
@@ -30,6 +31,7 @@ PROGRAMS = 2112                 # a table is cut so that there are about so many
 BLOCK = 128                     # at most so many columns per program: whole cache lines
 TILE = 2048                     # numbers of a tile, 16 for each thread
 AT_ONCE = 4                     # tiles whose reads are under way together
+MAX_FRAMES = 32                 # whose attention to each other is one program's
 
 if triton:
 
@@ -286,6 +288,46 @@ if triton:
         tl.store(grad_x + wide, of_value.to(grad_x.dtype.element_ty), there)
         tl.store(grad_x + wide + C, of_gate.to(grad_x.dtype.element_ty), there)
 
+    @triton.jit
+    def _one_head(b_s_a, F, S, C, FRAMES: tl.constexpr, WIDTH: tl.constexpr):
+        """Where the frames of one pixel have WIDTH channels, one head, in b F S C, and which there are."""
+        heads, frame = C // WIDTH, tl.arange(0, FRAMES)[:, None]
+        b, s, a = b_s_a // heads // S, b_s_a // heads % S, b_s_a % heads
+        rows = (b.to(tl.int64) * F + frame) * S + s
+        return rows * C + a * WIDTH + tl.arange(0, WIDTH)[None], frame < F
+
+    @triton.jit
+    def _attention_weights(q, k, F, scale, FRAMES: tl.constexpr):
+        """The softmax over the frames of k, of which F are real. FRAMES FRAMES, fp32."""
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(tl.arange(0, FRAMES)[None] < F, scores, -float("inf"))
+        weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+        return weights / tl.sum(weights, axis=1)[:, None]
+
+    @triton.jit
+    def _attention_kernel(q, k, v, out, scale, F, S, C, FRAMES: tl.constexpr, WIDTH: tl.constexpr):
+        at, there = _one_head(tl.program_id(0), F, S, C, FRAMES, WIDTH)
+        q, k, v = tl.load(q + at, there, 0.0), tl.load(k + at, there, 0.0), tl.load(v + at, there, 0.0)
+        weights = _attention_weights(q, k, F, scale, FRAMES).to(v.dtype)
+        value = tl.dot(weights, v, input_precision="ieee")
+        tl.store(out + at, value.to(out.dtype.element_ty), there)
+
+    @triton.jit
+    def _attention_backward_kernel(q, k, v, grad, grad_q, grad_k, grad_v, scale, F, S, C,
+                                   FRAMES: tl.constexpr, WIDTH: tl.constexpr):
+        """The weights are computed again. The gradient g in front of a softmax w is w (g - sum of w g)."""
+        at, there = _one_head(tl.program_id(0), F, S, C, FRAMES, WIDTH)
+        q, k, v = tl.load(q + at, there, 0.0), tl.load(k + at, there, 0.0), tl.load(v + at, there, 0.0)
+        grad, weights = tl.load(grad + at, there, 0.0), _attention_weights(q, k, F, scale, FRAMES)
+        value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
+        tl.store(grad_v + at, value.to(grad_v.dtype.element_ty), there)
+        g = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        g = weights * (g - tl.sum(weights * g, axis=1)[:, None]) * scale
+        g = g.to(q.dtype)
+        tl.store(grad_q + at, tl.dot(g, k, input_precision="ieee").to(grad_q.dtype.element_ty), there)
+        value = tl.dot(tl.trans(g), q, input_precision="ieee")
+        tl.store(grad_k + at, value.to(grad_k.dtype.element_ty), there)
+
 
 def has_kernels(x, channels_last=False):
     """Whether x is computed on by the kernels, or else by the PyTorch expression."""
@@ -498,3 +540,42 @@ def geglu(x):
         return FusedGEGLU.apply(x)
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
+
+
+class FusedFrameAttention(torch.autograd.Function):
+    """The kernels: softmax(q k^T / sqrt(c)) v among the frames of each pixel, q, k, v [b f s (a c)] as they
+    are in memory. A program takes one head of one pixel, all of it at once. The arithmetic is fp32, but that
+    factors of matrix products are as precise as q."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, num_heads):
+        q, k, v = [tensor.contiguous() for tensor in (q, k, v)]
+        out, ctx.num_heads = torch.empty_like(q), num_heads
+        FusedFrameAttention.launch(_attention_kernel, num_heads, q, k, v, out)
+        ctx.save_for_backward(q, k, v)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gradients = [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in "qkv"]
+        FusedFrameAttention.launch(_attention_backward_kernel, ctx.num_heads, *ctx.saved_tensors,
+                                   grad.contiguous(), *gradients)
+        return *gradients, None
+
+    @staticmethod
+    def launch(kernel, num_heads, q, *others):
+        (b, f, s, c), width = q.shape, q.shape[3] // num_heads
+        kernel[b * s * num_heads,](q, *others, width ** -0.5, f, s, c, WIDTH=width, num_warps=1,
+                                   FRAMES=max(16, triton.next_power_of_2(f)))       # of a matrix product
+
+
+def frame_attention(q, k, v, num_heads):
+    """Attention among the frames of each pixel, q, k, v [b f s (a c)] with a heads -> [b f s (a c)]. Where
+    has_kernels says so, frames are few and heads have no odd size it is the kernels, else the PyTorch
+    expression."""
+    if has_kernels(q) and q.shape[1] <= MAX_FRAMES and q.shape[3] // num_heads in (16, 32, 64):
+        return FusedFrameAttention.apply(q, k, v, num_heads)
+    b = len(q)
+    q, k, v = (rearrange(x, "b f s (a c) -> (b s) a f c", a=num_heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "(b s) a f c -> b f s (a c)", b=b)

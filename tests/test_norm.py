@@ -1,5 +1,6 @@
 """The fused GroupNorm and GEGLU in Triton's interpreter (or on a GPU); memory layout of the networks."""
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import model
 import norm
 from norm import (
+    FusedFrameAttention,
     FusedGEGLU,
     FusedGroupNorm,
     FusedLayerNorm,
@@ -19,6 +21,7 @@ from norm import (
     GroupNorm,
     GroupNormSiLU,
     LayerNorm,
+    frame_attention,
     geglu,
     residual,
     triton,
@@ -478,6 +481,70 @@ def test_geglu_of_more_elements_than_32_bits_can_count():
     assert_close_relative(x.grad[-8:], last.grad, 2 ** -8)
 
 
+# ---- attention among frames ----------------------------------------------------------------------------
+
+# b f s c and heads: SVD's and the toy world's; one frame, frames that fill a tile or one more, one pixel.
+HEADS = [(1, 14, 6, 128, 2), (2, 5, 3, 32, 1), (1, 25, 2, 64, 1), (3, 16, 1, 48, 3), (1, 17, 2, 64, 4),
+         (2, 1, 4, 32, 2), (1, 32, 1, 32, 1)]
+
+
+def attention_inputs(b, f, s, c, heads, dtype=torch.float32, scale=2.0):
+    return [(scale * torch.randn(b, f, s, c)).to(DEVICE, dtype).requires_grad_() for _ in "qkv"]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", HEADS)
+def test_attention_kernel_is_pytorchs(shape):
+    """Values and gradients as in fp64, by scaled_dot_product_attention."""
+    qkv = attention_inputs(*shape)
+    y = FusedFrameAttention.apply(*qkv, shape[-1])
+    reference = frame_attention(*(x.double() for x in qkv), shape[-1])
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, qkv, grad)
+    theirs = torch.autograd.grad(reference, qkv, grad.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@needs_triton
+def test_attention_kernel_with_scores_that_overflow_exponentials():
+    q, k, v = (x.detach() for x in attention_inputs(1, 6, 3, 32, 1, scale=30.0))
+    y, reference = FusedFrameAttention.apply(q, k, v, 1), frame_attention(*(x.double() for x in (q, k, v)), 1)
+    torch.testing.assert_close(y.double(), reference, rtol=1e-3, atol=1e-2)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_kernel_in_half_precision(dtype):
+    """Weights and gradients of scores are rounded, then results. (The interpreter cannot multiply bf16.)"""
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("for a GPU")
+    qkv = attention_inputs(1, 14, 5, 64, 2, dtype)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    results = []
+    for inputs, function in ((exact, frame_attention), (qkv, FusedFrameAttention.apply)):
+        y = function(*inputs, 2)
+        results.append((y, *torch.autograd.grad(y, inputs, torch.ones_like(y) + y.detach())))
+    assert {x.dtype for x in results[1]} == {dtype}
+    for truth, ours in zip(*results):
+        assert relative_error(ours, truth) < torch.finfo(dtype).eps
+
+
+@needs_triton
+def test_attention_kernel_takes_any_layout_of_inputs_and_gradients():
+    qkv = attention_inputs(2, 5, 3, 32, 1)
+    strange = [x.detach().transpose(0, 3).contiguous().transpose(0, 3).requires_grad_() for x in qkv]
+    grad, results = torch.randn(32, 5, 3, 2, device=DEVICE).transpose(0, 3), []
+    for inputs in (qkv, strange):
+        y = FusedFrameAttention.apply(*inputs, 1)
+        results.append((y, *torch.autograd.grad(y, inputs, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    nothing = [torch.empty(1, 5, 0, 32, device=DEVICE, requires_grad=True) for _ in "qkv"]
+    FusedFrameAttention.apply(*nothing, 1).sum().backward()
+    assert all(x.grad.shape == x.shape for x in nothing)
+
+
 # ---- residual connections -------------------------------------------------------------------------------
 
 RESIDUALS = [(joined, biased, scaled) for joined in (True, False) for biased in (True, False)
@@ -564,6 +631,25 @@ def test_residual_blocks_with_kernels_are_those_in_fp64(monkeypatch, c_in, c_emb
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         results.append((out, *torch.autograd.grad(out, (given, *trained), grad.to(dtype))))
     assert len(results[0]) > 8
+    for one, other in zip(*results):
+        assert_close_relative(one, other, 1e-5)
+
+
+@needs_triton
+def test_transformers_with_kernels_are_those_in_fp64(monkeypatch):
+    """All their norms, gates and attention, of heads that have a kernel: output and gradients."""
+    monkeypatch.setattr(norm, "has_kernels", as_if_on_a_gpu)
+    net = randomize(model.SpatioTemporalTransformer(64, 2, 1, 24)).to(DEVICE)
+    exact, results = copy.deepcopy(net).double(), []
+    x, grad = (torch.randn(6, 64, 3, 2, device=DEVICE).contiguous(memory_format=torch.channels_last)
+               for _ in range(2))
+    context = torch.randn(2, 1, 24, device=DEVICE)
+    for block, dtype in ((net, torch.float32), (exact, torch.float64)):
+        given = x.to(dtype).requires_grad_()
+        out = block(given, 3, context.to(dtype))
+        wanted = given, *(weight for name, weight in block.named_parameters()
+                          if not re.search(r"norm2|attn2\.to_[qk]", name))        # which have no influence
+        results.append((out, *torch.autograd.grad(out, wanted, grad.to(dtype))))
     for one, other in zip(*results):
         assert_close_relative(one, other, 1e-5)
 
