@@ -1,20 +1,26 @@
-"""GroupNorm with the SiLU behind it, and GEGLU, as kernels: what they cost is to read and write memory.
+"""What costs not arithmetic but reading and writing memory, as kernels that read and write less.
 
     GroupNorm, GroupNormSiLU    nn.GroupNorm, its parameters and their names; and silu of the result
-    FusedGroupNorm              their kernels, for channels-last tensors
+    LayerNorm                   nn.LayerNorm likewise
+    residual                    x + scale * (y + bias), what a residual block ends in
     geglu                       the gate of the feed-forwards: half the columns times gelu of the other half
-    FusedGEGLU                  its kernels
+    frame_attention             attention among the frames of each pixel
+    Fused..                     the kernels of each; has_kernels says where they are used
 
 In channels-last memory a tensor n c h w is, for each n, a table of h w rows of c numbers. So the norm that
 sees each frame alone, (b f) c h w, and the one that sees all frames of a clip, b c f s with s the pixels, are
 the same to a kernel: N tables of L rows, one after the other. A group is a few neighbouring columns of them.
 
-The kernels cut a table into chunks of rows, and know nothing of groups while they read: a program sums each
-column of its chunk by itself, and what is left, one row per chunk, is put together per group afterwards. So
-one clip of 32 groups keeps a whole GPU busy, and the order of each sum is fixed.
+The kernels of GroupNorm cut a table into chunks of rows, and know nothing of groups while they read: a
+program sums each column of its chunk by itself, and what is left, one row per chunk, is put together per
+group afterwards. So one clip of 32 groups keeps a whole GPU busy, and the order of each sum is fixed. What
+is added to whole columns in front of the norm, such as a convolution's bias, is added to their means
+instead.
 
-To geglu all tokens are rows of one table, and a tile of its result takes two tiles of that and nothing else.
-In PyTorch it is two passes, both over halves of rows, which are not contiguous: its slow path.
+To the others all tokens or pixels are rows of one table. A tile of the result takes the same tile of what
+goes in, for geglu two, for LayerNorm a tile of whole rows, and nothing else. In PyTorch these are several
+passes, slow ones where a number or a row is added to all: that is why no convolution here adds its own
+bias. Attention among few frames is one tile per pixel and head, gathered from where the frames are.
 """
 import torch
 import torch.nn.functional as F

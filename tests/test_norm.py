@@ -1,4 +1,4 @@
-"""The fused GroupNorm and GEGLU in Triton's interpreter (or on a GPU); memory layout of the networks."""
+"""The kernels of norm.py in Triton's interpreter (or on a GPU); memory layout of the networks."""
 import copy
 import re
 from functools import partial
