@@ -226,8 +226,9 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        x = self.conv(x)
-        return x if self.conv.padding[0] == 1 else x[..., 1:, 1:].clone()       # keeps the memory's layout
+        x = without_bias(self.conv, x)
+        x = x if self.conv.padding[0] == 1 else x[..., 1:, 1:]                  # which residual makes whole
+        return residual(None, x, self.conv.bias)
 
 
 class Upsample(nn.Module):
@@ -554,7 +555,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, 2 * c_latent, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = residual(None, without_bias(self.conv_in, x), self.conv_in.bias)
         for level in (*self.down_blocks, self.mid_block):
             x = level(x)
         return self.conv_out(self.conv_norm_out(x))

@@ -19,8 +19,9 @@ instead.
 
 To the others all tokens or pixels are rows of one table. A tile of the result takes the same tile of what
 goes in, for geglu two, for LayerNorm a tile of whole rows, and nothing else. In PyTorch these are several
-passes, slow ones where a number or a row is added to all: that is why no convolution here adds its own
-bias. Attention among few frames is one tile per pixel and head, gathered from where the frames are.
+passes, slow ones where a number or a row is added to all: that is why the convolutions in model.py leave
+their biases to what follows them. Attention among few frames is one tile per pixel and head, gathered from
+where the frames are.
 """
 import torch
 import torch.nn.functional as F

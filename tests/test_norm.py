@@ -613,6 +613,7 @@ def as_if_on_a_gpu(x, channels_last=False):
 def test_residual_blocks_with_kernels_are_those_in_fp64(monkeypatch, c_in, c_emb, kind, lora):
     """Of UNet and VAE, with and without a shortcut: output, and the gradients of all that trains."""
     monkeypatch.setattr(norm, "has_kernels", as_if_on_a_gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net = randomize(model.SpatioTemporalResBlock(c_in, 64, c_emb, mix_is_temporal=kind)).to(DEVICE)
     if lora:
         model.add_lora(net, 2, targets=r"conv(1|2|_shortcut)|time_emb_proj")
@@ -652,6 +653,26 @@ def test_transformers_with_kernels_are_those_in_fp64(monkeypatch):
         results.append((out, *torch.autograd.grad(out, wanted, grad.to(dtype))))
     for one, other in zip(*results):
         assert_close_relative(one, other, 1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="compares with PyTorch's GPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_on_a_gpu(dtype):
+    """At a UNet's sizes: that on a GPU it is the kernels, and that they round a few times at most."""
+    y, bias, scale = (tensor.detach().to(dtype) for tensor in residual_inputs((14, 320, 36, 64))[1:])
+    x, *qkv = y.flip(0).contiguous(memory_format=torch.channels_last), *attention_inputs(1, 14, 2304, 320, 5)
+    qkv = [tensor.detach().to(dtype) for tensor in qkv]
+    for name, function, tensors in (
+            ("FusedResidual", lambda *given: residual(*given, scale.to(given[0].dtype)), (x, y, bias)),
+            ("FusedFrameAttention", partial(frame_attention, num_heads=5), qkv)):
+        ours = [tensor.clone().requires_grad_() for tensor in tensors]
+        exact = [tensor.double().requires_grad_() for tensor in tensors]
+        out, reference = function(*ours), function(*exact)
+        assert name in out.grad_fn.name()
+        grad, tolerance = torch.randn_like(out), max(2 * torch.finfo(dtype).eps, 1e-5)
+        for a, b in zip((out, *torch.autograd.grad(out, ours, grad)),
+                        (reference, *torch.autograd.grad(reference, exact, grad.double()))):
+            assert_close_relative(a, b, tolerance)
 
 
 # ---- memory layout --------------------------------------------------------------------------------------
