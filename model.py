@@ -101,7 +101,8 @@ class TemporalConv(nn.Conv3d):
 
 
 def without_bias(conv, x):
-    """conv(x) less the bias, which PyTorch adds in a pass of its own: what follows takes it along."""
+    """conv(x) less the bias, which on a GPU is a slow pass of its own: what follows takes it along.
+    _conv_forward is what the forward of PyTorch's convolutions calls, and of all of ours."""
     return conv._conv_forward(x, conv.weight, None)
 
 
