@@ -38,13 +38,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision
-from norm import GroupNorm, GroupNormSiLU, geglu
+from norm import GroupNorm, GroupNormSiLU, LayerNorm, frame_attention, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
+FOLD_UPSAMPLING = False                            # see Upsample
 PIXELS_AT_ONCE = 2 ** 21                           # of frames that the VAE's decoder enlarges together
 SVD = "stabilityai/stable-video-diffusion-img2vid"
 STABILITY = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "input_blocks.")   # and its keys
@@ -95,8 +96,14 @@ class TemporalConv(nn.Conv3d):
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
 
-    def forward(self, x):                                                       # b c f s
-        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
+    def _conv_forward(self, x, weight, bias):                                   # b c f s
+        return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
+
+
+def without_bias(conv, x):
+    """conv(x) less the bias, which on a GPU is a slow pass of its own: what follows takes it along.
+    _conv_forward is what the forward of PyTorch's convolutions calls, and of all of ours."""
+    return conv._conv_forward(x, conv.weight, None)
 
 
 class ResBlock(nn.Module):
@@ -116,16 +123,19 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def change(self, x, emb=None):                                              # n c .. .., b d
-        """What the block adds to its input."""
-        h = self.conv1(self.norm1(x))
+        """What the block adds to its input, less the bias of conv2."""
+        h, shift = without_bias(self.conv1, self.norm1(x)), self.conv1.bias[None]           # 1 c
         if emb is not None:                                                     # one row per clip
-            shift = self.time_emb_proj(F.silu(emb))                             # b c
-            h = h + repeat(shift, "b c -> (b f) c 1 1", f=len(h) // len(emb))
-        h = self.norm2(h)                                                       # lets go of what it was
-        return self.conv2(h)
+            shift = shift + self.time_emb_proj(F.silu(emb))                     # b c
+        shift = repeat(shift, "b c -> (b f) c", f=len(h) // len(shift))
+        h = self.norm2(h, shift)                                                # lets go of what it was
+        return without_bias(self.conv2, h)
 
     def forward(self, x, emb=None):
-        return self.change(x, emb) + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        change, bias = self.change(x, emb), self.conv2.bias
+        if hasattr(self, "conv_shortcut"):
+            x, bias = without_bias(self.conv_shortcut, x), bias + self.conv_shortcut.bias
+        return residual(x, change, bias)
 
 
 class TemporalResBlock(ResBlock):
@@ -173,17 +183,15 @@ class SpatioTemporalResBlock(nn.Module):
         return torch.cat([self.spatial_res_block(enlarge(part)) for part in x.split(together)])
 
     def on_clips(self, x, num_frames, emb=None):
-        height, alpha = x.shape[2], self.time_mixer.alpha(x)
+        height, alpha, temporal = x.shape[2], self.time_mixer.alpha(x), self.temporal_res_block
         x = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)
-        change = self.temporal_res_block.change(x, emb)                         # b c f s
-        x = torch.addcmul(x, change, alpha if self.mix_is_temporal else 1 - alpha)
+        scale = alpha if self.mix_is_temporal else 1 - alpha
+        x = residual(x, temporal.change(x, emb), temporal.conv2.bias, scale)    # b c f s
         return rearrange(x, "b c f (h w) -> (b f) c h w", h=height)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention among the pixels of each frame, x [b f s c]."""
-
-    heads = "(b f) a s c"
 
     def __init__(self, c, c_context=None, num_heads=1, bias=False):
         super().__init__()
@@ -194,16 +202,20 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x):
-        q, k, v = (rearrange(layer(x), f"b f s (a c) -> {self.heads}", a=self.num_heads)
-                   for layer in (self.to_q, self.to_k, self.to_v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(out, f"{self.heads} -> b f s (a c)", b=len(x)))
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        return self.to_out[0](self.attend(q, k, v, self.num_heads))
+
+    @staticmethod
+    def attend(q, k, v, num_heads):
+        b = len(q)
+        q, k, v = (rearrange(x, "b f s (a c) -> (b f) a s c", a=num_heads) for x in (q, k, v))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "(b f) a s c -> b f s (a c)", b=b)
 
 
 class TemporalAttention(Attention):
     """The same among the frames, each pixel alone."""
 
-    heads = "(b s) a f c"
+    attend = staticmethod(frame_attention)
 
 
 class Downsample(nn.Module):
@@ -215,19 +227,33 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        x = self.conv(x)
-        return x if self.conv.padding[0] == 1 else x[..., 1:, 1:].clone()       # keeps the memory's layout
+        x = without_bias(self.conv, x)
+        x = x if self.conv.padding[0] == 1 else x[..., 1:, 1:]                  # which residual makes whole
+        return residual(None, x, self.conv.bias)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbour doubling, then a 3x3 convolution. Of its nine taps those that fall on the same small
+    pixel can be added up beforehand, at most four are left: a transposed 4x4 convolution with stride 2, which
+    needs no enlarged copy of x."""
 
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x):                                                       # n c h w
+        if FOLD_UPSAMPLING and type(self.conv) is nn.Conv2d:                    # not one with LoRA
+            h = F.conv_transpose2d(x, self.folded(), stride=2, padding=1)
+        else:
+            h = without_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return residual(None, h, self.conv.bias)                                # n c 2h 2w
+
+    def folded(self):
+        """The 4x4 weight. It is the 3x3 one turned round, as transposed convolutions have it, and then as x
+        would have been, doubled: each number is put on 2x2 places."""
+        weight = self.conv.weight.flip(2, 3).transpose(0, 1)                    # c_in c_out 3 3
+        weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)           # c_in c_out 4 4
+        return weight.contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -273,11 +299,11 @@ class SpatialTransformerBlock(nn.Module):
 
     def __init__(self, c, num_heads, c_context):
         super().__init__()
-        self.norm1 = nn.LayerNorm(c)
+        self.norm1 = LayerNorm(c)
         self.attn1 = self.attention(c, num_heads=num_heads)
-        self.norm2 = nn.LayerNorm(c)
+        self.norm2 = LayerNorm(c)
         self.attn2 = ContextAttention(c, c_context)
-        self.norm3 = nn.LayerNorm(c)
+        self.norm3 = LayerNorm(c)
         self.ff = FeedForward(c)
 
     def forward(self, x, context):                                              # b f s c,  b 1 d
@@ -293,7 +319,7 @@ class TemporalTransformerBlock(SpatialTransformerBlock):
 
     def __init__(self, c, num_heads, c_context):
         super().__init__(c, num_heads, c_context)
-        self.norm_in = nn.LayerNorm(c)
+        self.norm_in = LayerNorm(c)
         self.ff_in = FeedForward(c)
 
     def forward(self, x, context):
@@ -530,7 +556,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, 2 * c_latent, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = residual(None, without_bias(self.conv_in, x), self.conv_in.bias)
         for level in (*self.down_blocks, self.mid_block):
             x = level(x)
         return self.conv_out(self.conv_norm_out(x))
@@ -715,13 +741,14 @@ class LoRAConv:
         nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha, self.active = rank, alpha, True
 
-    def forward(self, x):
+    def _conv_forward(self, x, weight, bias):
+        out = super()._conv_forward(x, weight, bias)
         if not self.active:
-            return super().forward(x)
+            return out
         # 2-D, those of a TemporalConv too: r c kh kw, c r 1 1
         A, B = (m.weight.to(x.dtype).reshape(m.weight.shape[:4]) for m in (self.lora_A, self.lora_B))
         delta = F.conv2d(F.conv2d(x, A, None, self.stride[:2], self.padding[:2]), B)
-        return torch.add(super().forward(x), delta, alpha=self.alpha / self.rank)
+        return torch.add(out, delta, alpha=self.alpha / self.rank)
 
 
 class LoRAConv2d(LoRAConv, nn.Conv2d):

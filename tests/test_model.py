@@ -186,6 +186,30 @@ def test_vae_clamps_the_log_variance():
     assert_close_relative(logvar, theirs.encode(frames).latent_dist.logvar)
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 3), (6, 8)])
+def test_upsampling_folded_into_its_convolution_is_the_same(height, width, monkeypatch):
+    """Borders, too: exactly, but for the order of sums. And LoRA stays what it is."""
+    net, x = randomize(model.Upsample(6)).double(), torch.randn(2, 6, height, width).double().requires_grad_()
+    grad, results = torch.randn(2, 6, 2 * height, 2 * width).double(), []
+    for fold in (False, True):
+        monkeypatch.setattr(model, "FOLD_UPSAMPLING", fold)
+        y = net(x)
+        results.append((y, *torch.autograd.grad(y, (x, *net.parameters()), grad)))
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert relative_error(results[0][0], net.conv(doubled)) < 1e-14
+    for one, other in zip(*results):
+        assert one.shape == other.shape and relative_error(one, other) < 1e-14
+    net.conv = model.lora_beside(net.conv, 2, 2)
+    nn.init.normal_(net.conv.lora_B.weight)
+    assert relative_error(net(x), net.conv(doubled)) < 1e-14
+
+
+def test_folded_weights_are_rounded_once():
+    net = randomize(model.Upsample(16))
+    exact = copy.deepcopy(net.bfloat16()).double()
+    torch.testing.assert_close(net.folded(), exact.folded().bfloat16(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("frames_at_once", [1, 4, 100])
 def test_vae_enlarges_a_few_frames_at_a_time(frames_at_once, monkeypatch):
     """Memory, not numbers; with a gradient all at once."""

@@ -1,4 +1,6 @@
-"""The fused GroupNorm and GEGLU in Triton's interpreter (or on a GPU); memory layout of the networks."""
+"""The kernels of norm.py in Triton's interpreter (or on a GPU); memory layout of the networks."""
+import copy
+import re
 from functools import partial
 
 import pytest
@@ -10,7 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 import model
 import norm
-from norm import FusedGEGLU, FusedGroupNorm, GroupNorm, GroupNormSiLU, geglu, triton
+from norm import (
+    FusedFrameAttention,
+    FusedGEGLU,
+    FusedGroupNorm,
+    FusedLayerNorm,
+    FusedResidual,
+    GroupNorm,
+    GroupNormSiLU,
+    LayerNorm,
+    frame_attention,
+    geglu,
+    residual,
+    triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")       # to inf, and 1 / inf is 0
@@ -62,6 +77,29 @@ def test_kernel_is_group_norm_and_silu(shape, tiles):
     alone = shape[1] * shape[2] * shape[3] == 32
     for a, b, atol in zip(ours, theirs, (1e-3 if alone else 1e-5, 1e-5, 1e-5)):     # 1 / std is 1000 then
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=atol)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_takes_a_shift_along(shape, tiles):
+    """The norm of x + shift, and what each of them has to do with it; also a shift that swamps x."""
+    for factor, tolerance in ((1.0, 1e-5), (300.0, 3e-4)):
+        x, weight, bias = inputs(shape)
+        shift = (factor * torch.randn(shape[:2], device=DEVICE)).requires_grad_()
+        y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, True, shift)
+        reference = expected(x.double() + shift.double()[:, :, None, None], weight, bias, eps=0.1)
+        torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
+        grad, wanted = torch.randn_like(y), (x, weight, bias, shift)
+        ours = torch.autograd.grad(y, wanted, grad)
+        theirs = torch.autograd.grad(reference, wanted, grad.double())
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
+    shift = torch.randn(1, shape[1], device=DEVICE)                 # one for all: expanded, and at rest
+    y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, False, shift.expand(shape[:2]))
+    shifted = x + shift[:, :, None, None]
+    torch.testing.assert_close(y, fused(shifted, weight, bias, False, 0.1), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert x.grad is not None and shift.grad is None
 
 
 @needs_triton
@@ -187,9 +225,13 @@ def test_module_is_pytorchs(silu):
     x = torch.randn(2, 64, 3, 5)
     y = F.silu(theirs(x)) if silu else theirs(x)
     assert torch.equal(ours(x), y)
-    ours, x = ours.to(DEVICE), x.to(DEVICE)
+    shift = torch.randn(2, 64)
+    assert torch.equal(ours(x, shift), ours(x + shift[:, :, None, None]))
+    ours, x, shift = ours.to(DEVICE), x.to(DEVICE), shift.to(DEVICE)
     for layout in (torch.contiguous_format, torch.channels_last):
-        torch.testing.assert_close(ours(x.contiguous(memory_format=layout)).cpu(), y, rtol=1e-5, atol=1e-5)
+        x = x.contiguous(memory_format=layout)
+        torch.testing.assert_close(ours(x).cpu(), y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x - shift[:, :, None, None], shift).cpu(), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -212,6 +254,86 @@ def test_module_compiles_as_one_graph():
         results.append((y, *torch.autograd.grad(y, (x, *net.parameters()), grad)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+# ---- LayerNorm ------------------------------------------------------------------------------------------
+
+# .. c of tokens: SVD's and the toy world's widths, odd ones, one row, one column.
+TOKENS = [(1, 2, 5, 320), (11, 96), (2, 7, 64), (1, 640), (3, 1280), (70, 33), (5, 1), (1, 3, 2)]
+
+
+def expected_layer_norm(x, weight, bias, eps=1e-5):
+    """In fp64, by PyTorch."""
+    return F.layer_norm(x.double(), x.shape[-1:], weight.double(), bias.double(), eps)
+
+
+def layer_norm_inputs(shape, dtype=torch.float32, mean=0.0):
+    tensors = torch.randn(shape) + mean, torch.randn(shape[-1]), torch.randn(shape[-1])
+    return [tensor.to(DEVICE, dtype).requires_grad_() for tensor in tensors]
+
+
+@needs_triton
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("shape", TOKENS)
+def test_layer_norm_kernel_is_layer_norm(shape, mean, tiles):
+    """Values and gradients as in fp64, less what the mean takes of fp32's digits."""
+    tensors, tolerance = layer_norm_inputs(shape, mean=mean), 1e-5 * (1 + mean)
+    y, reference = FusedLayerNorm.apply(*tensors, 1e-2), expected_layer_norm(*tensors, 1e-2)
+    torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, tensors, grad, retain_graph=True)
+    theirs = torch.autograd.grad(reference, tensors, grad.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
+    frozen = [tensor.detach() for tensor in tensors[1:]]
+    y = FusedLayerNorm.apply(tensors[0], *frozen, 1e-2)
+    torch.testing.assert_close(torch.autograd.grad(y, tensors[0], grad)[0], ours[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layer_norm_kernel_rounds_once(dtype):
+    """(To bf16 the interpreter cuts off.) The parameters may stay fp32."""
+    eps = torch.finfo(dtype).eps / 2 * (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1)
+    for parameters in (dtype, torch.float32):
+        x, weight, bias = layer_norm_inputs((9, 96), dtype)
+        weight, bias = (tensor.detach().to(parameters).requires_grad_() for tensor in (weight, bias))
+        y, reference = FusedLayerNorm.apply(x, weight, bias, 1e-5), expected_layer_norm(x, weight, bias)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), reference, rtol=1.01 * eps, atol=1e-5)
+        grad = torch.randn_like(y)
+        ours = torch.autograd.grad(y, (x, weight, bias), grad)
+        theirs = torch.autograd.grad(reference, (x, weight, bias), grad.double())
+        for a, b in zip(ours, theirs):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a.double(), b.double(), rtol=2.02 * eps, atol=1e-4)
+
+
+@needs_triton
+def test_layer_norm_kernel_takes_any_layout():
+    """Of the input and of the gradient; and no rows at all."""
+    _, weight, bias = layer_norm_inputs((64,))
+    x = torch.randn(6, 64, 5, device=DEVICE).transpose(1, 2).requires_grad_()               # 6 5 64
+    grad = torch.randn(6, 64, 5, device=DEVICE).transpose(1, 2)
+    results = []
+    for given, g in ((x, grad), (x.detach().contiguous().requires_grad_(), grad.contiguous())):
+        y = FusedLayerNorm.apply(given, weight, bias, 1e-5)
+        results.append((y, *torch.autograd.grad(y, (given, weight, bias), g)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    nothing = torch.empty(2, 0, 64, device=DEVICE, requires_grad=True)
+    FusedLayerNorm.apply(nothing, weight, bias, 1e-5).sum().backward()
+    assert nothing.grad.shape == nothing.shape and not weight.grad.any()
+
+
+def test_layer_norm_module_is_pytorchs():
+    """The same keys, and elsewhere than on CUDA the same expression; there the kernels."""
+    ours, theirs, x = LayerNorm(96), randomize(nn.LayerNorm(96)), torch.randn(2, 5, 96)
+    ours.load_state_dict(theirs.state_dict())
+    y = theirs(x)
+    assert torch.equal(ours(x), y) and torch.equal(ours.double()(x.double()), theirs.double()(x.double()))
+    on_device = ours.float().to(DEVICE)(x.to(DEVICE))
+    torch.testing.assert_close(on_device.cpu(), y, rtol=1e-5, atol=1e-5)
+    assert DEVICE == "cpu" or "FusedLayerNorm" in on_device.grad_fn.name()
 
 
 # ---- GEGLU ----------------------------------------------------------------------------------------------
@@ -359,23 +481,220 @@ def test_geglu_of_more_elements_than_32_bits_can_count():
     assert_close_relative(x.grad[-8:], last.grad, 2 ** -8)
 
 
+# ---- attention among frames ----------------------------------------------------------------------------
+
+# b f s c and heads: SVD's and the toy world's; one frame, frames that fill a tile or one more, one pixel.
+HEADS = [(1, 14, 6, 128, 2), (2, 5, 3, 32, 1), (1, 25, 2, 64, 1), (3, 16, 1, 48, 3), (1, 17, 2, 64, 4),
+         (2, 1, 4, 32, 2), (1, 32, 1, 32, 1)]
+
+
+def attention_inputs(b, f, s, c, heads, dtype=torch.float32, scale=2.0):
+    return [(scale * torch.randn(b, f, s, c)).to(DEVICE, dtype).requires_grad_() for _ in "qkv"]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", HEADS)
+def test_attention_kernel_is_pytorchs(shape):
+    """Values and gradients as in fp64, by scaled_dot_product_attention."""
+    qkv = attention_inputs(*shape)
+    y = FusedFrameAttention.apply(*qkv, shape[-1])
+    reference = frame_attention(*(x.double() for x in qkv), shape[-1])
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, qkv, grad)
+    theirs = torch.autograd.grad(reference, qkv, grad.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@needs_triton
+def test_attention_kernel_with_scores_that_overflow_exponentials():
+    q, k, v = (x.detach() for x in attention_inputs(1, 6, 3, 32, 1, scale=30.0))
+    y, reference = FusedFrameAttention.apply(q, k, v, 1), frame_attention(*(x.double() for x in (q, k, v)), 1)
+    torch.testing.assert_close(y.double(), reference, rtol=1e-3, atol=1e-2)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_kernel_in_half_precision(dtype):
+    """Weights and gradients of scores are rounded, then results. (The interpreter cannot multiply bf16.)"""
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("for a GPU")
+    qkv = attention_inputs(1, 14, 5, 64, 2, dtype)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    results = []
+    for inputs, function in ((exact, frame_attention), (qkv, FusedFrameAttention.apply)):
+        y = function(*inputs, 2)
+        results.append((y, *torch.autograd.grad(y, inputs, torch.ones_like(y) + y.detach())))
+    assert {x.dtype for x in results[1]} == {dtype}
+    for truth, ours in zip(*results):
+        assert relative_error(ours, truth) < torch.finfo(dtype).eps
+
+
+@needs_triton
+def test_attention_kernel_takes_any_layout_of_inputs_and_gradients():
+    qkv = attention_inputs(2, 5, 3, 32, 1)
+    strange = [x.detach().transpose(0, 3).contiguous().transpose(0, 3).requires_grad_() for x in qkv]
+    grad, results = torch.randn(32, 5, 3, 2, device=DEVICE).transpose(0, 3), []
+    for inputs in (qkv, strange):
+        y = FusedFrameAttention.apply(*inputs, 1)
+        results.append((y, *torch.autograd.grad(y, inputs, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    nothing = [torch.empty(1, 5, 0, 32, device=DEVICE, requires_grad=True) for _ in "qkv"]
+    FusedFrameAttention.apply(*nothing, 1).sum().backward()
+    assert all(x.grad.shape == x.shape for x in nothing)
+
+
+# ---- residual connections -------------------------------------------------------------------------------
+
+RESIDUALS = [(joined, biased, scaled) for joined in (True, False) for biased in (True, False)
+             for scaled in (True, False)]
+
+
+def residual_inputs(shape, joined=True, biased=True, scaled=True):
+    """x and y, channels-last, bias and scale; what is not wanted is None."""
+    x, bias, _ = inputs(shape)
+    y, scale = inputs(shape)[0], torch.rand(1, device=DEVICE, requires_grad=True)
+    bias = torch.randn(shape[1], device=DEVICE, requires_grad=True)
+    return x if joined else None, y, bias if biased else None, scale if scaled else None
+
+
+@needs_triton
+@pytest.mark.parametrize("given", RESIDUALS)
+def test_residual_kernel_is_pytorchs_expression(given, tiles):
+    """Values and gradients as in fp64, of each combination of what may be left out."""
+    for shape in SHAPES:
+        tensors = residual_inputs(shape, *given)
+        wanted = [tensor for tensor in tensors if tensor is not None]
+        y = FusedResidual.apply(*tensors)
+        reference = residual(*(None if tensor is None else tensor.double() for tensor in tensors))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.double(), reference, rtol=1e-6, atol=1e-6)
+        grad = torch.randn_like(y)
+        for layout in (torch.channels_last, torch.contiguous_format):
+            ours = torch.autograd.grad(y, wanted, grad.contiguous(memory_format=layout), retain_graph=True)
+            theirs = torch.autograd.grad(reference, wanted, grad.double(), retain_graph=True)
+            for a, b in zip(ours, theirs):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_residual_kernel_rounds_once(dtype):
+    """bias and scale may be fp32, or whatever x is. (To bf16 the interpreter cuts off.)"""
+    x, y, bias, scale = (tensor.detach() for tensor in residual_inputs((2, 96, 5, 4)))
+    eps = torch.finfo(dtype).eps / 2 * (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1)
+    x, y = x.to(dtype), y.to(dtype)
+    for others in ((bias, scale), (bias.to(dtype), scale.to(dtype))):
+        out, exact = FusedResidual.apply(x, y, *others), residual(*(t.double() for t in (x, y, *others)))
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact, rtol=1.01 * eps, atol=1e-6)
+
+
+@needs_triton
+def test_residual_keeps_nothing_that_does_not_train():
+    """x + scale * (y + bias) with all but x and y frozen: their gradients need neither of them."""
+    x, y, bias, scale = residual_inputs((2, 32, 4, 4))
+    out = FusedResidual.apply(x, y, bias.detach(), scale.detach())
+    assert [tensor.numel() for tensor in out.grad_fn.saved_tensors] == [1]
+    with pytest.raises(AssertionError, match="not channels-last"):
+        FusedResidual.apply(x, y.detach().contiguous(), None, None)
+
+
+def as_if_on_a_gpu(x, channels_last=False):
+    """For has_kernels: layouts and dtypes count, devices do not."""
+    return x.dtype != torch.float64 and (
+        not channels_last or x.is_contiguous(memory_format=torch.channels_last))
+
+
+@needs_triton
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("c_in, c_emb, kind", [(64, 16, False), (32, None, True)])
+def test_residual_blocks_with_kernels_are_those_in_fp64(monkeypatch, c_in, c_emb, kind, lora):
+    """Of UNet and VAE, with and without a shortcut: output, and the gradients of all that trains."""
+    monkeypatch.setattr(norm, "has_kernels", as_if_on_a_gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    net = randomize(model.SpatioTemporalResBlock(c_in, 64, c_emb, mix_is_temporal=kind)).to(DEVICE)
+    if lora:
+        model.add_lora(net, 2, targets=r"conv(1|2|_shortcut)|time_emb_proj")
+        for layer in model.lora_layers(net).values():
+            nn.init.normal_(layer.lora_B.weight)
+    exact = copy.deepcopy(net).double()
+    for parameter in (*net.parameters(), *exact.parameters()):
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    x = torch.randn(6, c_in, 5, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    emb = torch.randn(2, 16, device=DEVICE) if c_emb else None
+    results, grad = [], torch.randn(6, 64, 5, 3, device=DEVICE)
+    for block, dtype in ((net, torch.float32), (exact, torch.float64)):
+        given = x.to(dtype).requires_grad_()
+        out = block(given, 3, emb if emb is None else emb.to(dtype))
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        results.append((out, *torch.autograd.grad(out, (given, *trained), grad.to(dtype))))
+    assert len(results[0]) > 8
+    for one, other in zip(*results):
+        assert_close_relative(one, other, 1e-5)
+
+
+@needs_triton
+def test_transformers_with_kernels_are_those_in_fp64(monkeypatch):
+    """All their norms, gates and attention, of heads that have a kernel: output and gradients."""
+    monkeypatch.setattr(norm, "has_kernels", as_if_on_a_gpu)
+    net = randomize(model.SpatioTemporalTransformer(64, 2, 1, 24)).to(DEVICE)
+    exact, results = copy.deepcopy(net).double(), []
+    x, grad = (torch.randn(6, 64, 3, 2, device=DEVICE).contiguous(memory_format=torch.channels_last)
+               for _ in range(2))
+    context = torch.randn(2, 1, 24, device=DEVICE)
+    for block, dtype in ((net, torch.float32), (exact, torch.float64)):
+        given = x.to(dtype).requires_grad_()
+        out = block(given, 3, context.to(dtype))
+        wanted = given, *(weight for name, weight in block.named_parameters()
+                          if not re.search(r"norm2|attn2\.to_[qk]", name))        # which have no influence
+        results.append((out, *torch.autograd.grad(out, wanted, grad.to(dtype))))
+    for one, other in zip(*results):
+        assert_close_relative(one, other, 1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="compares with PyTorch's GPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_on_a_gpu(dtype):
+    """At a UNet's sizes: that on a GPU it is the kernels, and that they round a few times at most."""
+    y, bias, scale = (tensor.detach().to(dtype) for tensor in residual_inputs((14, 320, 36, 64))[1:])
+    x, *qkv = y.flip(0).contiguous(memory_format=torch.channels_last), *attention_inputs(1, 14, 2304, 320, 5)
+    qkv = [tensor.detach().to(dtype) for tensor in qkv]
+    for name, function, tensors in (
+            ("FusedResidual", lambda *given: residual(*given, scale.to(given[0].dtype)), (x, y, bias)),
+            ("FusedFrameAttention", partial(frame_attention, num_heads=5), qkv)):
+        ours = [tensor.clone().requires_grad_() for tensor in tensors]
+        exact = [tensor.double().requires_grad_() for tensor in tensors]
+        out, reference = function(*ours), function(*exact)
+        assert name in out.grad_fn.name()
+        grad, tolerance = torch.randn_like(out), max(2 * torch.finfo(dtype).eps, 1e-5)
+        for a, b in zip((out, *torch.autograd.grad(out, ours, grad)),
+                        (reference, *torch.autograd.grad(reference, exact, grad.double()))):
+            assert_close_relative(a, b, tolerance)
+
+
 # ---- memory layout --------------------------------------------------------------------------------------
 
 
 def watch(net):
-    """Hooks that note which convolutions and norms ran, and what they got or gave that is not channels-last.
-    (The input of the first convolution comes from outside.)"""
-    ran, wrong = [], {}
+    """Notes which convolutions and norms ran, and what they got or gave that is not channels-last. (The input
+    of the first convolution comes from outside.)"""
+    ran, wrong, last = [], {}, {"memory_format": torch.channels_last}
 
-    def look(module, given, out, name):
+    def look(function, name, x, *others):
+        out = function(x, *others)
         ran.append(name)
-        for what, x in {"in": given[0], "out": out}.items():
-            if not x.is_contiguous(memory_format=torch.channels_last) and f"{name} {what}" != "conv_in in":
-                wrong[f"{name} {what}"] = x.shape, x.stride()
+        for what, tensor in {"in": x, "out": out}.items():
+            if not tensor.is_contiguous(**last) and f"{name} {what}" != "conv_in in":
+                wrong[f"{name} {what}"] = tensor.shape, tensor.stride()
+        return out
 
     for name, module in net.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.GroupNorm)):
-            module.register_forward_hook(partial(look, name=name))
+            method = "forward" if isinstance(module, nn.GroupNorm) else "_conv_forward"
+            setattr(module, method, partial(look, getattr(module, method), name))
     return ran, wrong
 
 
@@ -387,7 +706,7 @@ def test_networks_stay_channels_last(tmp_path, monkeypatch):
     convolution gets anything else, which would be converted first, and no norm, which would be slow."""
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(GroupNorm, "forward", nn.GroupNorm.forward)
+        monkeypatch.setattr(GroupNorm, "forward", lambda net, x, shift=None: nn.GroupNorm.forward(net, x))
     model.save_unet(randomize(model.UNet(**unet_config())), tmp_path / "unet")
     model.save_vae(randomize(model.VAE(**vae_config())), tmp_path / "vae")
     unet = model.load_unet(tmp_path, dtype=torch.bfloat16).to(DEVICE)
