@@ -27,7 +27,7 @@ from test_video import at_rate, write
 
 ALL = os.environ.get("OSV_README") == "all"
 PAGES = ["README.md", "exercises/README.md"]
-SMALL = "--width 64 --height 64 --num_frames 4 --steps 1"       # a video in a third of a second, not in 13
+SMALL = "--width 64 --height 64 --num_frames 4"                 # a video in a third of a second, not in two
 STEP = ("--max_train_steps 1 --batch_size 1 --num_clips 2 --width 32 --height 32 --log_steps 1 "
         "--validation_teacher_steps 1")                         # a stage in 3 seconds, not in minutes
 
@@ -43,8 +43,8 @@ class Typed(NamedTuple):
 
 # A key that ends in ... is how a command begins.
 TYPED = {
-    # -- README.md: sampling. tests/test_sampler.py runs the teacher's 25 steps: here it takes one.
-    "make sample": Typed("out.mp4", "wrote out.mp4: 14 frames", 'IMAGE="assets/input.png --steps 1"'),
+    # -- README.md: sampling
+    "make sample": Typed("out.mp4", "wrote out.mp4: 14 frames"),
     ".venv/bin/python sampler.py --image in.png --out out.mp4": Typed("out.mp4", "wrote out.mp4", SMALL),
     "python sampler.py --image in.png": Typed("out.mp4", "wrote out.mp4", SMALL),
     "python sampler.py --image photos/ --out clip.gif --seed 7":
@@ -130,6 +130,8 @@ LEFT_OUT = {
     "python data.py check OpenVid-1M.csv ...": "a million videos; above, `check` has a folder of three",
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
+    "python evaluate.py student ...": "a GPU, and minutes; tests/test_evaluate.py has `fvd`",
+    "python bench.py nets ...": "a GPU",
     "python evaluate.py heads ...": "a GPU; tests/test_discriminator.py has a small one",
     "python bench.py kernel ...": "a GPU",
     # Here it makes no sense
