@@ -17,7 +17,6 @@ bytes that have to be moved (each input read once, each output written once) at 
 the same run. Of the networks: TFLOP are counted on the first call, and the share is that of a large bf16
 matrix product, measured in the same run.
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -404,10 +403,8 @@ def videos(args, seconds=6, count=16):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Measure speed and memory: the fused kernel, the networks, sampling, training, videos.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = engine.fail
+    parser = engine.command_line(
+        "Measure speed and memory: the fused kernel, the networks, sampling, training, videos.")
     flag = parser.add_argument
     parts = {"kernel": kernel, "nets": nets, "sample": sample, "train": train, "videos": videos}
     flag("what", nargs="+", choices=[*parts, "all"], help="one or several, see the top of this file")

@@ -29,7 +29,6 @@ processes that may die: a bad file costs that file.
 Numbers count on through all epochs. Which file clip `number` is, from where, mirrored or not and with which
 noise is a function of (seed, number): the position in the data is one integer, on any number of processes.
 """
-import argparse
 import csv
 import hashlib
 import json
@@ -579,9 +578,7 @@ def digest(content):
 def main():
     commands = {"check": (check, "good.jsonl"), "preview": (preview, "sheet.png"),
                 "encode": (encode, "shards")}
-    parser = argparse.ArgumentParser(description="Videos for training.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = engine.fail
+    parser = engine.command_line("Videos for training.")
     flag = parser.add_argument
     flag("command", choices=commands, help="; ".join(f"{k} {commands[k][0].__doc__}" for k in commands))
     flag("data", help="a folder of videos, or a .csv or .jsonl list of paths; check: shards, too")

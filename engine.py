@@ -3,6 +3,7 @@
     start_world, end_world              torch.distributed under torchrun, or one plain process
     all_mean, any_rank                  what the processes tell each other
     fail, positive                      one line and exit status 2; the type of flags that count
+    command_line, training_flags        flags, and those of both stages, whose defaults a preset gives
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     swapped, update_ema                 one network in three roles, one of them an average
@@ -110,6 +111,79 @@ def positive(text):
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)
+
+
+def command_line(description, **settings):
+    """A parser of flags: help tells their defaults, and a bad one ends with one line."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+    parser.error = fail
+    return parser
+
+
+def training_flags(description, presets):
+    """A parser with the flags that both stages have. Those without a default get one from each preset."""
+    parser = command_line(description, add_help=False)
+    flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--preset", choices=presets, default="toy" if torch.cuda.is_available() else "toy_cpu",
+         help="a set of defaults for the flags below; flags win over it")
+    flag("--model", default=str(model.ASSETS / "toy"), help="the teacher: pipeline folder or hub id")
+    flag("--dino", default=None, help="DINOv2 folder or hub id (None: dinov2/ inside --model)")
+    flag("--max_train_steps", type=positive, help="steps in all, those before a resume included")
+    flag("--batch_size", type=positive, help="clips per step, over all processes")
+    flag("--gradient_accumulation_steps", type=positive, default=1,
+         help="parts that a process works its share off in")
+    flag("--data", default="toy",
+         help="toy, a folder or list of videos, or what `python data.py encode` wrote")
+    flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
+         help="of a list of videos, only the rows between these limits")
+    flag("--num_clips", type=positive, help="clips of the toy world to train on")
+    flag("--width", type=positive, help="of the clips (None: what the UNet was made for)")
+    flag("--height", type=positive, help="of the clips")
+    flag("--fps", type=positive, default=7, help="of the clips of videos")
+    flag("--motion_bucket_id", type=positive, help="of all clips of videos (None: measured on each)")
+    flag("--flip", action="store_true", help="mirror every second clip of videos")
+    flag("--workers", type=positive, default=4, help="processes that decode videos, for each that trains")
+    flag("--learning_rate", type=float, help="of the student")
+    flag("--lr_d", type=float, help="of the discriminator")
+    flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
+    flag("--lr_scheduler", choices=("constant", "cosine"), default="constant",
+         help="of both from there on; cosine: to 0 at --max_train_steps")
+    flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    flag("--lora_rank", type=positive, help="rank of the student's update")
+    flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections, too")
+    flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
+         help="what it sees")
+    flag("--heads", nargs="+", choices=("spatial", "temporal"), default=["spatial", "temporal"],
+         help="its heads")
+    flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
+    flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
+    flag("--gradient_checkpointing", action=on_off, default=False,
+         help="compute activations twice, keep none")
+    flag("--cuda_graph", action=on_off, default=False, help="record a step once and replay it: fast where "
+         "networks are small; not with parts or checkpointing")
+    flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
+         help="inside the networks")
+    flag("--seed", type=int, default=0, help="of everything drawn")
+    flag("--device", help="cuda or cpu (None: cuda if it is there)")
+    flag("--log_steps", type=positive, help="steps between log lines")
+    flag("--validation_steps", type=positive, help="steps between sample sheets")
+    flag("--validation_teacher_steps", type=positive, default=25, help="solver steps of the teacher there")
+    flag("--checkpointing_steps", type=positive, help="steps between checkpoints")
+    flag("--checkpoints_total_limit", type=positive, default=2, help="how many to keep")
+    flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
+    return parser
+
+
+def parse_with_preset(parser, presets):
+    """The flags that were given; behind the others stand the defaults of --preset, also in --help."""
+    parser.set_defaults(**presets[parser.parse_known_args()[0].preset])
+    parser.add_argument("-h", "--help", action="help",
+                        help="show this, with the defaults of the --preset given, and exit")
+    args = parser.parse_args()
+    if not args.data:
+        parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
+    return args
 
 
 class StopSignal:

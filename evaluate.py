@@ -20,7 +20,6 @@ train_toy.py trains on what a scene shows and how it moves; that distance is cal
 different detectors, or of other numbers of clips, do not compare, so each comes with its protocol.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -544,9 +543,7 @@ def record(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Measure quality.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = engine.fail
+    parser = engine.command_line("Measure quality.")
     flag = parser.add_argument
     flag("what", choices=["fvd", "student", "table1", "table2", "heads", "readme"],
          help="see the top of this file")

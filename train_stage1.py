@@ -9,7 +9,6 @@ to --output_dir: checkpoint-*, metrics.jsonl, samples, and at the end what stage
 (student.safetensors, disc.safetensors) and merged/, a UNet folder for `sampler.py --student`. The same
 command again resumes. `diff train_stage1.py train_stage2.py` is what the second stage does differently.
 """
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -44,66 +43,16 @@ PRESETS = {
                   checkpointing_steps=500, log_steps=10),
 }
 
-parser = argparse.ArgumentParser(description="Stage 1 of OSV: latent GAN pretraining.", allow_abbrev=False,
-                                 add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = engine.fail
-flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
-flag("--preset", choices=PRESETS, default="toy" if torch.cuda.is_available() else "toy_cpu",
-     help="a set of defaults for the flags below; flags win over it")
-flag("--model", default=str(sampler.TOY), help="the teacher: pipeline folder or hub id")
-flag("--dino", default=None, help="DINOv2 folder or hub id (None: dinov2/ inside --model)")
+parser = engine.training_flags("Stage 1 of OSV: latent GAN pretraining.", PRESETS)
+flag = parser.add_argument
 flag("--output_dir", type=Path, default="out/stage1", help="everything is written here")
-flag("--max_train_steps", type=engine.positive, help="steps in all, those before a resume included")
-flag("--batch_size", type=engine.positive, help="clips per step, over all processes")
-flag("--gradient_accumulation_steps", type=engine.positive, default=1,
-     help="parts that a process works its share off in")
-flag("--data", default="toy", help="toy, a folder or list of videos, or what `python data.py encode` wrote")
-flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
-     help="of a list of videos, only the rows between these limits")
-flag("--num_clips", type=engine.positive, help="clips of the toy world to train on")
-flag("--width", type=engine.positive, help="of the clips (None: what the UNet was made for)")
-flag("--height", type=engine.positive, help="of the clips")
-flag("--fps", type=engine.positive, default=data.FPS, help="of the clips of videos")
-flag("--motion_bucket_id", type=engine.positive, help="of all clips of videos (None: measured on each)")
-flag("--flip", action="store_true", help="mirror every second clip of videos")
-flag("--workers", type=engine.positive, default=4, help="processes that decode videos, for each that trains")
-flag("--learning_rate", type=float, help="of the student")
-flag("--lr_d", type=float, help="of the discriminator")
-flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
-flag("--lr_scheduler", choices=("constant", "cosine"), default="constant",
-     help="of both from there on; cosine: to 0 at --max_train_steps")
-flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-flag("--lora_rank", type=engine.positive, help="rank of the student's update")
-flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections, too")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora",
      help="what trains")
-flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
-     help="what it sees")
-flag("--heads", nargs="+", choices=("spatial", "temporal"), default=["spatial", "temporal"], help="its heads")
 flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
-flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
-flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
-flag("--gradient_checkpointing", action=on_off, default=False, help="compute activations twice, keep none")
-flag("--cuda_graph", action=on_off, default=False, help="record a step once and replay it: fast where "
-     "networks are small; not with parts or checkpointing")
-flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
-     help="inside the networks")
-flag("--seed", type=int, default=0, help="of everything drawn")
-flag("--device", help="cuda or cpu (None: cuda if it is there)")
-flag("--log_steps", type=engine.positive, help="steps between log lines")
-flag("--validation_steps", type=engine.positive, help="steps between sample sheets")
-flag("--validation_teacher_steps", type=engine.positive, default=25, help="solver steps of the teacher there")
-flag("--checkpointing_steps", type=engine.positive, help="steps between checkpoints")
-flag("--checkpoints_total_limit", type=engine.positive, default=2, help="how many to keep")
-flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
-parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
-flag("-h", "--help", action="help", help="show this, with the defaults of the --preset given, and exit")
-args = parser.parse_args()
+args = engine.parse_with_preset(parser, PRESETS)
 world = engine.start_world(args.device)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 stop = engine.StopSignal()
-if not args.data:
-    parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
 if args.batch_size % (world.size * args.gradient_accumulation_steps):
     parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
                  f"{args.gradient_accumulation_steps} parts")

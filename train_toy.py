@@ -21,7 +21,6 @@ The honest note: the network in dinov2/ has DINOv2's architecture but not its se
 what the renderer knows: the CLS token lists the scene, and each patch token tells which shapes cover it, its
 mean colour and its local contrast, on pictures half of which are blurred, so that its features feel blur.
 """
-import argparse
 import json
 import math
 import os
@@ -53,9 +52,7 @@ QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32
              report_clips=8, log_every=5, vae_batch_size=8, image_encoder_batch_size=8, dinov2_batch_size=4,
              i3d_batch_size=4, unet_batch_size=4) | {f"{stage}_steps": 12 for stage in STEPS}
 
-parser = argparse.ArgumentParser(description="Train the toy checkpoints from scratch.", allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = engine.fail
+parser = engine.command_line("Train the toy checkpoints from scratch.")
 flag = parser.add_argument
 flag("--output_dir", type=Path, default="assets/toy", help="pipeline folder to write; checkpoints in .train/")
 flag("--stages", nargs="+", choices=[*STEPS, "report"], default=[*STEPS, "report"], help="done in this order")
