@@ -601,10 +601,8 @@ def main():
         if type(value) is int and (value < 1 and name != "seed" or value % 8 and name in ("width", "height")):
             parser.error(f"--{name} {value}: must be positive, and sizes multiples of 8")
     function, out = commands[args.command]
-    try:
+    with engine.refusing():
         function(args, args.out or Path(out))
-    except (model.ModelError, OSError) as problem:
-        parser.error(str(problem))
 
 
 if __name__ == "__main__":

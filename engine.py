@@ -2,7 +2,7 @@
 
     start_world, end_world              torch.distributed under torchrun, or one plain process
     all_mean, any_rank                  what the processes tell each other
-    fail, positive                      one line and exit status 2; the type of flags that count
+    fail, refusing                      one line and exit status 2: how every bad input ends
     command_line, training_flags        flags, and those of both stages, whose defaults a preset gives
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
@@ -113,12 +113,27 @@ def positive(text):
     return int(text)
 
 
+@contextmanager
+def refusing():
+    """What is wrong with the files that are opened inside ends the program like any other bad input."""
+    try:
+        yield
+    except (model.ModelError, OSError) as problem:
+        fail(str(problem))
+
+
 def command_line(description, **settings):
     """A parser of flags: help tells their defaults, and a bad one ends with one line."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
     parser.error = fail
     return parser
+
+
+# What may change when a run goes on; all else of its configuration is that of its checkpoint.
+FREE = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
+        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
+        "cuda_graph")
 
 
 def training_flags(description, presets):

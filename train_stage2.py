@@ -71,7 +71,7 @@ torch.manual_seed(args.seed)                                    # initial weight
 
 # ---- what is there: networks, data ----------------------------------------------------------------------
 
-try:
+with engine.refusing():
     vae = model.load_vae(args.model, dtype=dtype, device=device)
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
     unet = model.load_unet(args.model, device=device)
@@ -80,21 +80,17 @@ try:
     else:
         dino = load_dino(args.dino or Path(args.model) / "dinov2").to(device, dtype)
         features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
-except model.ModelError as problem:
-    parser.error(str(problem))
 width, height = (side or 8 * unet.config["sample_size"] for side in (args.width, args.height))
 open_data = partial(
     data.open_data, args.data, vae, image_encoder, num_frames=unet.config["num_frames"], width=width,
     height=height, where=args.where, motion_bucket_id=args.motion_bucket_id, fps=args.fps, flip=args.flip,
     workers=args.workers, share=share, batch_size=args.batch_size)
-try:
+with engine.refusing():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     latents = open_data(seed=args.seed, num_clips=args.num_clips,
                         skip_list=args.output_dir / f"skipped-{world.rank}.jsonl")
     # Pictures to watch: clips of the toy world that nothing trains on, or other moments of the videos.
     x0_shown, cond_shown = open_data(seed=args.seed + data.HELD_OUT, num_clips=4).take(torch.arange(4))
-except (OSError, model.ModelError) as problem:
-    parser.error(str(problem))
 generators = lambda: [torch.Generator().manual_seed(args.seed + i) for i in range(4)]     # each row's noise
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
 
@@ -142,18 +138,14 @@ ema_copies = {name: t.to(dtype) for name, t in ema.items()}     # what the netwo
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 step, bad_steps, skipped = 0, 0, torch.zeros(())
-free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
-        "cuda_graph")
 # Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
 evolving = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers,
             "count": {"skipped": skipped}}
 optimizers = {"opt": opt, "opt_d": opt_d}
-config = {key: value for key, value in vars(args).items() if key not in free} | {"world_size": world.size}
-try:
+config = {key: value for key, value in vars(args).items() if key not in engine.FREE}
+config["world_size"] = world.size
+with engine.refusing():
     found = engine.load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
-except model.ModelError as problem:
-    parser.error(str(problem))
 if found:
     step, tensors = found
     engine.restore(evolving, optimizers, tensors)
@@ -258,10 +250,8 @@ while step < args.max_train_steps:
     # For what draws by itself, the unet discriminator: each process its own.
     torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
     first = step * args.batch_size + world.rank * share
-    try:
+    with engine.refusing():                                     # if not one of the videos can be used
         parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
-    except model.ModelError as problem:                         # not one of the videos can be used
-        parser.error(str(problem))
     sums, norm_d, good_d = {}, torch.zeros((), device=device), True
 
     x0_pred = None

@@ -122,10 +122,8 @@ def wanted(stage):
 
 def load(loader, folder=args.output_dir, **how):
     """A network that is there; else the script ends with what is wrong."""
-    try:
+    with engine.refusing():
         return loader(folder, device=device, **how)
-    except model.ModelError as problem:
-        parser.error(str(problem))
 
 
 def train(stage, net, loss_of):
