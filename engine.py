@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -468,10 +469,12 @@ def rewind(folder, step):
 
 
 class Log:
-    """One line per interval on the terminal, the same as JSON in metrics.jsonl. Rank 0 only."""
+    """One line per interval on the terminal, the same as JSON in metrics.jsonl: means over its steps and over
+    all ranks, and how fast they were. Rank 0 writes."""
 
-    def __init__(self, folder, world, step):
+    def __init__(self, folder, world, step, batch_size):
         self.world, self.file, self.board = world, folder / "metrics.jsonl", None
+        self.clock, self.step, self.batch_size, self.totals = time.perf_counter(), step, batch_size, {}
         if world.rank:
             return
         try:
@@ -480,9 +483,19 @@ class Log:
         except ImportError:
             pass
 
-    def __call__(self, step, values):
+    def add(self, weight=1, **values):
+        """Scalar tensors of a step, or of a part of it that counts `weight`."""
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0) + value * weight
+
+    def write(self, step, **more):
+        values = all_mean({name: total / (step - self.step) for name, total in self.totals.items()})
+        seconds = (time.perf_counter() - self.clock) / (step - self.step)
+        self.clock, self.step, self.totals = time.perf_counter(), step, {}
         if self.world.rank:
             return
+        values |= {"s_per_step": seconds, "clips_per_s": self.batch_size / seconds, **more}
+        values["memory_gb"] = peak_memory(self.world.device)
         print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()), flush=True)
         with open(self.file, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -10,13 +10,11 @@ UNet in memory: they share whatever does not train, and engine.swapped puts in t
 differ. Real is what ema makes of x_s, the point that the teacher reaches from x_t in m guided Euler steps;
 fake is f_theta(x_t, sigma_t). Files as in stage 1. The same command again resumes.
 """
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 
 import data
 import engine
@@ -155,7 +153,7 @@ if world.rank == 0:
     count = sum(p.numel() for p in net.parameters())
     trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
     print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
-log = engine.Log(args.output_dir, world, step)
+log = engine.Log(args.output_dir, world, step, args.batch_size)
 
 
 @torch.no_grad()
@@ -166,7 +164,7 @@ def validate():
         x0_pred = sampler.sample(net, cond_shown, strided(sigmas, k), generators(), tts)
         rows.append(sampler.decode(vae, x0_pred).cpu())
     frames = torch.cat(rows)                                                    # (4 4) f 3 H W
-    Image.fromarray(data.contact_sheet(frames).numpy()).save(args.output_dir / f"sample-{step:06d}.png")
+    sampler.save_sheet(frames, args.output_dir / f"sample-{step:06d}.png")
     frames = rearrange(frames, "(rows n) f c h w -> f c (rows h) (n w)", n=4)
     sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
 
@@ -233,16 +231,10 @@ def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-def add(**losses):
-    for name, loss in losses.items():
-        sums[name] = sums.get(name, 0) + loss * (part / share)
-
-
 d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
 
 # ---- loop -----------------------------------------------------------------------------------------------
 
-clock, clock_step, totals = time.perf_counter(), step, {}       # since the last log line
 while step < args.max_train_steps:
     decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
     engine.schedule(opt, args.learning_rate, step, args.warmup_steps, decay_steps)
@@ -252,20 +244,19 @@ while step < args.max_train_steps:
     first = step * args.batch_size + world.rank * share
     with engine.refusing():                                     # if not one of the videos can be used
         parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
-    sums, norm_d, good_d = {}, torch.zeros((), device=device), True
+    x0_pred, norm_d, good_d = None, torch.zeros((), device=device), True
 
-    x0_pred = None
     if args.adv_weight:
         disc.train()
         for x_t, sigma_t, cond, real, _, _ in parts:
             x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
-            add(loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
+            log.add(part / share, loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
         norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     disc.requires_grad_(False)
     for x_t, sigma_t, cond, _, target, weight in parts:
         loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, target, weight, *cond)
-        add(loss_huber=loss_huber, loss_adv=loss_adv)
+        log.add(part / share, loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.pull()
     norm, good = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
@@ -279,15 +270,9 @@ while step < args.max_train_steps:
     if bad_steps == 5:
         parser.error(f"gradients were not finite for 5 steps, until step {step}; start over (--resume_from_"
                      "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
-    for name, value in (sums | {"grad_norm": norm, "grad_norm_d": norm_d}).items():
-        totals[name] = totals.get(name, 0) + value
+    log.add(grad_norm=norm, grad_norm_d=norm_d)
     if step % args.log_steps == 0:
-        values = engine.all_mean({name: total / (step - clock_step) for name, total in totals.items()})
-        totals.clear()
-        seconds = (time.perf_counter() - clock) / (step - clock_step)
-        clock, clock_step = time.perf_counter(), step
-        speed = {"s_per_step": seconds, "clips_per_s": args.batch_size / seconds}
-        log(step, values | speed | {"skipped": int(skipped), "memory_gb": engine.peak_memory(device)})
+        log.write(step, skipped=int(skipped))
     if world.rank == 0 and step % args.validation_steps == 0:
         validate()
     stopping = engine.any_rank(stop.asked, device)
