@@ -45,7 +45,6 @@ CLIP_SIZE = 224                                    # the resolution of SVD's ima
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
-FOLD_UPSAMPLING = False                            # see Upsample
 PIXELS_AT_ONCE = 2 ** 21                           # of frames that the VAE's decoder enlarges together
 SVD = "stabilityai/stable-video-diffusion-img2vid"
 STABILITY = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "input_blocks.")   # and its keys
@@ -233,19 +232,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution. Of its nine taps those that fall on the same small
-    pixel can be added up beforehand, at most four are left: a transposed 4x4 convolution with stride 2, which
-    needs no enlarged copy of x."""
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):                                                       # n c h w
-        if FOLD_UPSAMPLING and type(self.conv) is nn.Conv2d:                    # not one with LoRA
-            h = F.conv_transpose2d(x, self.folded(), stride=2, padding=1)
-        else:
-            h = without_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        h = without_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return residual(None, h, self.conv.bias)                                # n c 2h 2w
+
+
+class FoldedUpsample(Upsample):
+    """The same for the VAE, in a third of the time: of the nine taps those that fall on the same small pixel
+    are added up beforehand, at most four are left. That is a transposed 4x4 convolution with stride 2, which
+    needs no enlarged copy of x. It takes the weight as it is: no LoRA beside it would be seen."""
+
+    def forward(self, x):                                                       # n c h w
+        h = F.conv_transpose2d(x, self.folded(), stride=2, padding=1)
         return residual(None, h, self.conv.bias)                                # n c 2h 2w
 
     def folded(self):
@@ -575,7 +579,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
             resnets = [block(c_out if j else c, c_out) for j in range(num_layers + 1)]
-            self.up_blocks.append(VAELevel(resnets, up=[Upsample(c_out)] if i < len(channels) else []))
+            self.up_blocks.append(VAELevel(resnets, up=[FoldedUpsample(c_out)] if i < len(channels) else []))
         self.conv_norm_out = GroupNormSiLU(NORM_GROUPS, channels[-1], 1e-6)
         self.conv_out = nn.Conv2d(channels[-1], c_image, 3, padding=1)
         self.time_conv_out = TemporalConv(c_image, c_image)
