@@ -37,13 +37,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip import CLIPVision
+from clip import CLIPVision, clip_pixels
 from norm import GroupNorm, GroupNormSiLU, LayerNorm, frame_attention, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
 PIXELS_AT_ONCE = 2 ** 21                           # of frames that the VAE's decoder enlarges together
 SVD = "stabilityai/stable-video-diffusion-img2vid"
@@ -659,25 +656,6 @@ def unconditional(cond):
                          image_latents=torch.zeros_like(cond.image_latents))
 
 
-def clip_pixels(images):
-    """images [n 3 H W] in [-1, 1] -> the image encoder's input [n 3 224 224].
-
-    SVD's own resize: the whole image squashed to a square, after a Gaussian blur with standard deviation
-    (factor - 1) / 2 per axis against aliasing, by bicubic interpolation with aligned corners.
-    """
-    for _ in range(2):                                                          # along rows, then columns
-        std = max((images.shape[3] / CLIP_SIZE - 1) / 2, 0.001)
-        taps = int(max(4 * std, 3)) // 2 * 2 + 1
-        offset = torch.arange(taps, device=images.device, dtype=images.dtype) - taps // 2
-        kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0).repeat(3, 1, 1, 1)    # 3 1 1 taps
-        padded = F.pad(images, (taps // 2, taps // 2, 0, 0), mode="reflect")
-        images = F.conv2d(padded, kernel, groups=3).transpose(2, 3)             # n 3 W H, then n 3 H W
-    images = F.interpolate(images, (CLIP_SIZE, CLIP_SIZE), mode="bicubic", align_corners=True)
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1)
-                 for v in (CLIP_MEAN, CLIP_STD))
-    return ((images + 1) / 2 - mean) / std                                      # n 3 224 224
-
-
 def embed_image(image_encoder, images):
     """images [n 3 H W] in [-1, 1] -> CLIP embedding [n 1 d]."""
     pixels = clip_pixels(images).to(image_encoder.visual_projection.weight.dtype)
@@ -784,12 +762,11 @@ def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
     if lora_layers(unet):
         raise ModelError("the network has LoRA layers already: merge_lora them first")
     unet.requires_grad_(False)
-    paths = [path for path, layer in unet.named_modules()
-             if type(layer) in LORA_LAYERS and re.search(rf"(^|\.)({targets})$", path)]
-    if not paths:
+    layers = {path: layer for path, layer in unet.named_modules()
+              if type(layer) in LORA_LAYERS and re.search(rf"(^|\.)({targets})$", path)}
+    if not layers:
         raise ModelError(f"no layer's name ends in {targets!r}: nothing to add LoRA to")
-    for path in paths:
-        layer = unet.get_submodule(path)
+    for path, layer in layers.items():
         unet.set_submodule(path, lora_beside(layer, rank, rank if alpha is None else alpha))
     return unet
 
@@ -957,8 +934,7 @@ def load_weights(net, files, where, dtype, device):
         # A copy, since the file may change under the map, in the network's own memory layout.
         tensors[key] = torch.empty_strided(
             tensor.shape, expected[key].stride(), dtype=dtype, device=device).copy_(tensor)
-    missing = [key for key in expected if key not in tensors]
-    if missing:
+    if missing := [key for key in expected if key not in tensors]:
         more = f", and {len(missing) - 1} more" * (len(missing) > 1)
         raise ModelError(f"{where}: key {missing[0]} is missing{more}")
     net.load_state_dict(tensors, assign=True)
@@ -1096,9 +1072,8 @@ def export(path, student, folder, *, unmerge=False, variant=None, revision=None,
     unet = merge_lora(load_lora(unet, student, whole=False), scale=-1) if unmerge \
         else load_student(student, unet, variant)
     folder, suffix, dtype = Path(folder), None if dtype == "fp32" else dtype, DTYPES[dtype]
-    save_unet(unet, folder / "unet", dtype, suffix)
-    save_vae(vae, folder / "vae", dtype, suffix)
-    save_image_encoder(image_encoder, folder / "image_encoder", dtype, suffix)
+    for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
+        save_unet(net, folder / part, dtype, suffix)
     save_configs(folder)
     for licence in find_folder(path, "unet", **source).parent.glob("LICENSE*"):
         shutil.copy(licence, folder)

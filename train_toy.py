@@ -43,6 +43,7 @@ import engine
 import evaluate
 import model
 import solver
+from clip import CLIP_SIZE, clip_pixels
 
 # ---- config ---------------------------------------------------------------------------------------------
 
@@ -300,9 +301,9 @@ def quality(pupil, see):
 if wanted("image_encoder"):
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, hidden_act="gelu",
-        image_size=model.CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
+        image_size=CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
     pupil = Pupil(clip, EMBED_DIM).to(device)
-    see = model.clip_pixels
+    see = clip_pixels
     record(pupil, see(torch.zeros(args.image_encoder_batch_size, 3, args.size, args.size, device=device)))
 
     def image_encoder_loss(step, generator):

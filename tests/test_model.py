@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+import clip
 import model
 
 diffusers.utils.logging.set_verbosity_error()
@@ -369,7 +370,7 @@ def test_diffusers_opens_the_whole_pipeline_folder(pipeline_folder):
     assert (scheduler.sigma_min, scheduler.sigma_max) == (0.002, 700)
     assert scheduler.prediction_type == "v_prediction"
     extractor = pipeline.feature_extractor
-    assert (tuple(extractor.image_mean), tuple(extractor.image_std)) == (model.CLIP_MEAN, model.CLIP_STD)
+    assert (tuple(extractor.image_mean), tuple(extractor.image_std)) == (clip.CLIP_MEAN, clip.CLIP_STD)
     assert extractor.resample == Image.Resampling.BICUBIC
 
 
