@@ -60,11 +60,10 @@ class ModelError(ValueError):
 def channels_last(net):
     """Where there is a GPU: the channels of all convolutions' weights go last in memory. A convolution's
     output follows its weight, and all else here follows its input: this sets the layout of the network."""
-    if not torch.cuda.is_available():
-        return
-    for weight in net.parameters():
-        if weight.ndim > 3:
-            weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
+    if torch.cuda.is_available():
+        for weight in net.parameters():
+            if weight.ndim > 3:
+                weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def sinusoid(x, dim):
