@@ -29,6 +29,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 import model
+from engine import fail, peak_memory
 from model import SVD, ModelError, default_size, load_student, replacing
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
 
@@ -298,12 +299,6 @@ def parse_args(argv=None):
     return args
 
 
-def fail(message):
-    """One line on stderr and exit status 2: how every bad input ends."""
-    print(f"sampler.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def find_images(paths):
     """[(name for the output, path)] of pictures and folders of pictures, in the order given."""
     files = []
@@ -343,18 +338,6 @@ def on_device(net, device, offload):
     yield net.to(device)
     if offload:
         net.to("cpu")
-
-
-def peak_memory(device):
-    """Peak memory in GB, as text: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    try:
-        import resource
-    except ImportError:                                                 # not a Unix
-        return "unknown memory"
-    kilo = 1 if sys.platform == "darwin" else 1024                      # ru_maxrss: bytes there, KiB on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9:.1f} GB of memory"
 
 
 def bar(steps, name):
@@ -443,7 +426,8 @@ def main():
             gallery.append(F.interpolate(frames[0], scale_factor=scale, mode="area").cpu())
         print(f"wrote {out}: {num_frames} frames of {width}x{height} at {args.fps} fps, "
               f"seed {seed}, {how}, {evaluations} network evaluations, "
-              f"{time.perf_counter() - start:.1f} s, {peak_memory(device)}")
+              f"{time.perf_counter() - start:.1f} s, {peak_memory(device):.1f} GB of "
+              + "GPU " * (device.type == "cuda") + "memory")
         start = time.perf_counter()
     if args.gallery:
         save_sheet(torch.stack(gallery), args.gallery)
@@ -454,7 +438,7 @@ def cli():
     try:
         main()
     except (ModelError, OSError) as problem:
-        fail(problem)
+        fail(str(problem))
     except torch.OutOfMemoryError:
         fail("out of GPU memory; try --decode_chunk_size 2, --offload, or a smaller --width and --height")
     except KeyboardInterrupt:
