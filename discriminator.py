@@ -23,14 +23,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from model import ModelError
-from norm import GroupNorm
+from norm import GroupNorm, tl, triton  # None where there is no Triton
 from solver import precondition
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                                 # not on this platform: the PyTorch expression does it all
-    triton = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOY_DINO = Path(__file__).resolve().parent / "assets" / "toy" / "dinov2"

@@ -32,7 +32,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:                                 # not on this platform: the PyTorch expression does it all
-    triton = None
+    triton = tl = None
 
 PROGRAMS = 2112                 # a table is cut so that there are about so many: 16 for each SM of an H100
 BLOCK = 128                     # at most so many columns per program: whole cache lines
