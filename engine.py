@@ -517,26 +517,40 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
 
 
-def plot(metrics, out, width=360, height=200):
+LINE_COLOURS = "royalblue", "seagreen", "darkorange", "crimson", "purple"
+
+
+def draw_chart(image, box, title, lines):
+    """Lines through points (x, y, label), each in a colour of its own, as large as the box allows: its left,
+    top, right and bottom in a PIL image. The title is above it. A point with a label is a dot."""
+    from PIL import ImageDraw
+    draw, (left, top, right, bottom) = ImageDraw.Draw(image), box
+    xs, ys = ([point[i] for points in lines for point in points] for i in (0, 1))
+    across, up = (right - left) / (max(xs) - min(xs) or 1), (bottom - top) / (max(ys) - min(ys) or 1)
+    draw.rectangle(box, outline="lightgrey")
+    draw.text((left, top - 18), title, "black")
+    for points, colour in zip(lines, LINE_COLOURS):
+        places = [(left + across * (x - min(xs)), bottom - up * (y - min(ys))) for x, y, _ in points]
+        draw.line(places if len(places) > 1 else places * 2, colour, 2)
+        for (x, y), (_, _, label) in zip(places, points):
+            if label:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+                draw.text((x + 5, y + 2), label, colour)
+
+
+def plot(metrics, out, width=360, height=200, columns=3):
     """Draws each number of a metrics.jsonl against the step, a panel each, into a PNG."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
     rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     names = [name for name in rows[0] if name != "step"]
-    columns = 3
     sheet = Image.new("RGB", (columns * width, math.ceil(len(names) / columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(names):
-        points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        if not points:
-            continue
-        left, top = n % columns * width + 12, n // columns * height + 24
-        low, high = min(v for _, v in points), max(v for _, v in points)
-        first, last = points[0][0], points[-1][0]
-        line = [(left + (width - 24) * (s - first) / max(1, last - first),
-                 top + (height - 40) * (1 - (v - low) / (high - low or 1))) for s, v in points]
-        draw.rectangle((left, top, left + width - 24, top + height - 40), outline="lightgrey")
-        draw.text((left, top - 18), f"{name}  {low:.4g} to {high:.4g}, steps {first} to {last}", "black")
-        draw.line(line if len(line) > 1 else line * 2, "royalblue", 2)
+        points = [(row["step"], row[name], "") for row in rows if math.isfinite(row.get(name, math.nan))]
+        if points:
+            steps, values, _ = zip(*points)
+            title = f"{name}  {min(values):.4g} to {max(values):.4g}, steps {steps[0]} to {steps[-1]}"
+            left, top = n % columns * width + 12, n // columns * height + 24
+            draw_chart(sheet, (left, top, left + width - 24, top + height - 40), title, [points])
     sheet.save(out)
 
 
