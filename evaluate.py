@@ -38,9 +38,11 @@ from torch.nn import functional as F
 
 import data
 import engine
+import losses
 import model
 import sampler
 import solver
+from discriminator import DinoFeatures, Discriminator, load_dino
 
 # ---- The detector ---------------------------------------------------------------------------------------
 
@@ -96,12 +98,8 @@ def load_detector(path, device="cpu"):
             path = hf_hub_download(*I3D)
         if not Path(path).is_dir():
             return torch.jit.load(os.fspath(path), map_location=device).eval()
-        config = model.read_json(Path(path) / "config.json")
-        detector = VideoClassifier(**{key: value for key, value in config.items() if not key.startswith("_")})
-        tensors = dict(model.read_safetensors([Path(path) / "model.safetensors"]))
-        detector.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
-        return detector.to(device).eval()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:                 # of hub, file or contents
+        return model.load_network(VideoClassifier, Path(path), None, torch.float32, device)
+    except (OSError, RuntimeError, ValueError) as error:                            # of hub, file or contents
         raise model.ModelError(f"{path}: cannot be loaded as a detector ({error})") from error
 
 
@@ -280,9 +278,6 @@ def heads_table(args):
     world from two kinds of fakes: the teacher's blurred one-step samples, and real clips with their frames
     shuffled, each frame of which is real. Hinge loss and accuracy on held-out clips; knowing nothing gives 2
     and 50 %."""
-    import losses
-    import solver
-    from discriminator import DinoFeatures, Discriminator, load_dino
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
     vae, image_encoder, unet = (load(args.model, dtype=dtype, device=device) for load in (
         model.load_vae, model.load_image_encoder, model.load_unet))
@@ -445,20 +440,16 @@ def compare(rows, args):
         return clips.frames, 0
 
     results, shown = [], [reference.frames[:3]]
-    for run, name, paper in rows:
+    for run, name, paper in rows if args.data == "toy" else [row for row in rows if row != FLOOR]:
         for seed in args.seeds if run in RUNS else args.seeds[:1]:
-            net, seconds, steps, nfe = teacher, None, 0, 0
+            net, seconds, steps, nfe, generate = teacher, None, 0, 0, other_futures
+            student = sampler.STUDENT if run == "shipped" else run
             if run in RUNS:
-                folder, seconds = trained(run, seed, args)
+                student, seconds = trained(run, seed, args)
             if run not in ("teacher", "real"):
                 net = model.load_unet(args.model, dtype=dtype, device=device)
-                student = folder if run in RUNS else sampler.STUDENT if run == "shipped" else run
                 net = model.load_student(student, net)
-            if run == "real":
-                if args.data != "toy":
-                    continue
-                generate = other_futures
-            else:
+            if run != "real":
                 steps, nfe, draw = how(name, run == "teacher", tuple(args.guidance))
                 generate = by_sampler(partial(draw, net), vae, reference, device)
             frames, figures = measure(generate, detector, reference, args.seed, args.batch_size)
@@ -568,19 +559,12 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    try:
+    rows = {"fvd": [(args.student or "teacher", args.sampler, None)], "student": SHIPPED, "table1": TABLE1,
+            "table2": [FLOOR, *(row for name in args.rows for row in TABLE2[name])]}
+    with engine.refusing():
         if args.what == "readme":
             return readme()
-        if args.what == "heads":
-            result = heads_table(args)
-        elif args.what == "fvd":
-            result = compare([(args.student or "teacher", args.sampler, None)], args)
-        elif args.what in ("student", "table1"):
-            result = compare({"student": SHIPPED, "table1": TABLE1}[args.what], args)
-        else:
-            result = compare([FLOOR, *(row for name in args.rows for row in TABLE2[name])], args)
-    except model.ModelError as problem:
-        engine.fail(str(problem))
+        result = heads_table(args) if args.what == "heads" else compare(rows[args.what], args)
     if args.report:
         model.write_json(args.report, {**record(args), **result})
 
