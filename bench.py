@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import engine
+import evaluate
 import model
 import sampler
 import solver
@@ -94,10 +95,6 @@ def eager(x, size, dtype):
     return ((F.interpolate(x, size, mode="bilinear") - mean) / std).to(dtype)
 
 
-def fused(x, size, dtype):
-    return upsample_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype)
-
-
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -105,6 +102,8 @@ def relative(a, b):
 def kernel(args):
     device, dtype = torch.device(args.device), torch.bfloat16
     bandwidth, rows = copy_bandwidth(device), []
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print(" " * 40 + "    forward of floor   backward of floor repeats    error  of grad")
     for name, (n, h, w, height, width) in (SHAPES if device.type == "cuda" else SMALL).items():
         size = (height, width)
         bytes_moved = n * 3 * (height * width + h * w) * 2                      # bf16, either direction
@@ -114,36 +113,29 @@ def kernel(args):
         exact_x = inputs[0].detach()[:2].double().requires_grad_()
         exact = eager(exact_x, size, torch.float64)
         exact_gradient, = torch.autograd.grad(exact, exact_x, grads[0][:2].double())
+        fused = lambda x, size, dtype: upsample_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype)
         variants = {"eager": eager, "fused": fused}
         if device.type == "cuda":
             torch._dynamo.reset()
             variants["compiled"] = torch.compile(eager, dynamic=False)
         row = {"shape": name, "floor_ms": bytes_moved / bandwidth * 1e3}
+        print(f"{name:40}{row['floor_ms'] * 1e3:8.0f} us    floor", flush=True)
         for variant, fn in variants.items():
             def both(i):
                 return torch.autograd.grad(fn(inputs[i], size, dtype), inputs[i], grads[i])[0]
 
             forward = median_ms(lambda i: fn(inputs[i].detach(), size, dtype), list(range(count)), device)
             back = median_ms(both, list(range(count)), device) - forward
-            row[variant] = {
+            row[variant] = r = {
                 "forward_ms": forward, "forward_share": row["floor_ms"] / forward,
                 "backward_ms": back, "backward_share": row["floor_ms"] / back,
                 "repeatable": torch.equal(both(0), both(0)),
                 "error": relative(fn(inputs[0].detach(), size, dtype)[:2], exact),
                 "gradient_error": relative(both(0)[:2], exact_gradient)}
+            print(f"{variant:>40}{forward * 1e3:8.0f} us{r['forward_share']:9.0%}{back * 1e3:8.0f} us"
+                  f"{r['backward_share']:9.0%}{r['repeatable']!s:>8}{r['error']:9.1e}"
+                  f"{r['gradient_error']:9.1e}", flush=True)
         rows.append(row)
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    print(" " * 40 + "".join(f"{head:>{width}}" for head, width in (
-        ("forward", 11), ("of floor", 9), ("backward", 11), ("of floor", 9), ("repeats", 8), ("error", 9),
-        ("of grad", 9))))
-    for row in rows:
-        print(f"{row['shape']:40}{row['floor_ms'] * 1e3:8.0f} us    floor")
-        for variant in ("eager", "compiled", "fused"):
-            if variant in row:
-                r = row[variant]
-                print(f"{variant:>40}{r['forward_ms'] * 1e3:8.0f} us{r['forward_share']:9.0%}"
-                      f"{r['backward_ms'] * 1e3:8.0f} us{r['backward_share']:9.0%}{r['repeatable']!s:>8}"
-                      f"{r['error']:9.1e}{r['gradient_error']:9.1e}")
     return {"copy_bandwidth": bandwidth, "rows": rows}
 
 
@@ -221,7 +213,7 @@ def theirs(unet, vae):
 
 
 def nets(args):
-    device, dtype, rows = torch.device(args.device), args.dtype, []
+    device, dtype = torch.device(args.device), args.dtype
     unet, vae, cond = networks(args, device, dtype)
     x = torch.cat([cond.image_latents] * 2, dim=2).to(dtype)                    # b f 8 h w
     c_noise = torch.full((args.batch_size,), 1.6, device=device)
@@ -248,22 +240,21 @@ def nets(args):
             for net in (unet, vae.encoder, vae.decoder):
                 net.compile(dynamic=False)
         decode = partial(vae.decode, num_frames=f)
-        rows += [measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args),
-                 measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args),
-                 measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args),
-                 measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)]
+        yield measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args)
+        yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args)
+        yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args)
+        yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)
         if name.startswith("ours"):
             unet.set_checkpointing(True)
         else:
             unet.enable_gradient_checkpointing()
             unet.train()
-        rows.append(measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args))
-    return rows
+        yield measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args)
 
 
 def sample(args):
     """From an encoded condition to decoded frames."""
-    device, dtype, f, rows = torch.device(args.device), args.dtype, args.num_frames, []
+    device, dtype, f = torch.device(args.device), args.dtype, args.num_frames
     args.batch_size = 1
     unet, vae, cond = networks(args, device, dtype)
     if args.compile:
@@ -280,8 +271,8 @@ def sample(args):
     travel = partial(sampler.sample, tts=True)
     for name, draw, k in (("1 step", sampler.sample, 1), ("1 step + TTS", travel, 2),
                           ("25 guided", teacher, 25)):
-        rows.append(measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
-                            torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args))
+        yield measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
+                      torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args)
     if args.diffusers:
         from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
         scheduler = EulerDiscreteScheduler(
@@ -295,12 +286,16 @@ def sample(args):
         for k, high in ((1, 1.0), (25, 3.0)):
             given = embeds if k == 1 else torch.cat([torch.zeros_like(embeds), embeds])
             pipe._encode_image = lambda *_, given=given: given
-            rows.append(measure(
+            yield measure(
                 f"diffusers: image to frames, {k} step{'s guided' * (k > 1)}", lambda k=k, high=high: pipe(
                     image, args.height, args.width, f, num_inference_steps=k, min_guidance_scale=1.0,
                     max_guidance_scale=high, output_type="pt",
-                    decode_chunk_size=args.decode_chunk_size or f), args))
-    return rows
+                    decode_chunk_size=args.decode_chunk_size or f), args)
+
+
+def tell(what, **figures):
+    print({"what": what, **figures}, flush=True)
+    return {"what": what, **figures}
 
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -328,7 +323,6 @@ def train(args):
     """Iterations of the scripts themselves, one clip per process."""
     stages = [(1, kind, args.width, args.height) for kind in ("latent", "subpixel", "pixel", "unet")]
     stages.append((2, "latent", min(576, args.width), min(320, args.height)))
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder, pipeline = Path(folder), sampler.TOY
         common = ["--preset", "toy_cpu", "--num_clips", "8"]
@@ -347,16 +341,13 @@ def train(args):
                 command += ["--stage1", "none"]
             run = subprocess.run(list(map(str, command)), capture_output=True, text=True,
                                  cwd=Path(__file__).parent)
-            row = {"what": f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs"}
             if run.returncode:
-                row["error"] = run.stderr.strip().splitlines()[-1]
+                figures = {"error": run.stderr.strip().splitlines()[-1]}
             else:
                 last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-                row |= {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
-                        "memory_gib": last["memory_gb"] * 1e9 / 2**30}
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+                figures = {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
+                           "memory_gib": last["memory_gb"] * 1e9 / 2**30}
+            yield tell(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs", **figures)
 
 
 # ---- videos ---------------------------------------------------------------------------------------------
@@ -365,7 +356,6 @@ def train(args):
 def videos(args, seconds=6, count=16):
     """Clips per second and process from 1080p H.264 at 30 frames a second, random places; a large list."""
     import av
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         pattern = F.interpolate(255 * torch.rand(1, 3, 27, 48), (1080, 1920), mode="bilinear")[0]
@@ -376,9 +366,9 @@ def videos(args, seconds=6, count=16):
         with av.open(str(folder / "video.mp4")) as container:
             container.streams.video[0].codec_context.thread_count = 1
             count_all = sum(1 for _ in container.decode(video=0))
-        rows.append({"what": "1080p H.264, plain decode from beginning to end, one thread",
-                     "frames_per_s": count_all / (time.perf_counter() - before)})
-        print(rows[-1], flush=True)
+        yield tell(
+            "1080p H.264, plain decode from beginning to end, one thread",
+            frames_per_s=count_all / (time.perf_counter() - before))
         for width, height in ((576, 320), (1024, 576)):
             clips = data.Clips(data.open_files(folder), 0, args.num_frames, width, height, workers=1)
             clips.clip(0)                                           # starts the process
@@ -387,19 +377,16 @@ def videos(args, seconds=6, count=16):
                 clips.clip(number)
             per_second = count / (time.perf_counter() - before)
             latent = args.num_frames * 4 * (height // 8) * (width // 8) * 2
-            rows.append({"what": f"1080p H.264 -> {args.num_frames} frames of {width}x{height}",
-                         "clips_per_s_and_process": per_second,
-                         "encoded_mb_per_1000_clips": latent * (1 + 1 / args.num_frames) / 1e3})
-            print(rows[-1], flush=True)
+            yield tell(f"1080p H.264 -> {args.num_frames} frames of {width}x{height}",
+                       clips_per_s_and_process=per_second,
+                       encoded_mb_per_1000_clips=latent * (1 + 1 / args.num_frames) / 1e3)
         with open(folder / "list.csv", "w") as file:
             file.write("video,caption,motion score\n")
             file.writelines(f"clip_{i}.mp4,{'some words ' * 50},{i % 20}\n" for i in range(1_000_000))
         before = time.perf_counter()
         files = data.open_files(folder / "list.csv", [("motion score", 2, 20)])
         seconds = time.perf_counter() - before
-        rows.append({"what": f"list of 1,000,000 rows, {len(files):,d} left", "s": seconds})
-        print(rows[-1], flush=True)
-    return rows
+        yield tell(f"list of 1,000,000 rows, {len(files):,d} left", s=seconds)
 
 
 def main():
@@ -436,13 +423,11 @@ def main():
     if {"nets", "sample", "all"} & {*args.what}:
         args.ceiling = matmul_ceiling(device, args.dtype)
         print(f"matrix product {args.ceiling:.0f} TFLOP/s")
-    result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else args.device,
-              "torch": torch.__version__, "diffusers": diffusers.__version__ if args.diffusers else None,
+    result = {**evaluate.record(args), "diffusers": diffusers.__version__ if args.diffusers else None,
               "matmul_tflops_per_s": args.ceiling}
     for name, function in parts.items():
         if name in args.what or "all" in args.what:
-            result[name] = function(args)
+            result[name] = function(args) if name == "kernel" else list(function(args))
             if args.report:                                         # what is done is on the disk
                 model.write_json(args.report, result)
 
