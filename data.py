@@ -500,6 +500,21 @@ def open_data(data, vae, image_encoder, seed, num_frames, width, height, *, num_
     return latents
 
 
+def open_training_data(args, vae, image_encoder, unet, share, rank):
+    """What a trainer's flags ask for, for a process that takes `share` clips of each batch -> what open_data
+    returns, and (x0, cond) of four clips to watch: of the toy world that nothing trains on, or other moments
+    of the videos."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    width, height = (side or 8 * unet.config["sample_size"] for side in (args.width, args.height))
+    how = dict(num_frames=unet.config["num_frames"], width=width, height=height, where=args.where,
+               motion_bucket_id=args.motion_bucket_id, fps=args.fps, flip=args.flip, workers=args.workers,
+               share=share, batch_size=args.batch_size)
+    latents = open_data(args.data, vae, image_encoder, args.seed, num_clips=args.num_clips,
+                        skip_list=args.output_dir / f"skipped-{rank}.jsonl", **how)
+    shown = open_data(args.data, vae, image_encoder, args.seed + HELD_OUT, num_clips=4, **how)
+    return latents, shown.take(torch.arange(4))
+
+
 # ---- Commands -------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from model import ModelError
+from model import ModelError, load_unet
 from norm import GroupNorm, tl, triton  # None where there is no Triton
 from solver import precondition
 
@@ -334,6 +334,16 @@ class UNetFeatures(nn.Module):
         x = torch.cat([x, cond.image_latents.to(x.dtype)], dim=2)                               # b f 2c h w
         outputs, _, _ = self.backbone.encode(x, c.c_noise.flatten(), cond.image_embeds, cond.time_ids)
         return [outputs[i] for i in self.levels]
+
+
+def load_features(kind, path, dino, vae):
+    """What a discriminator of this kind looks at, as precise as `vae` and where it is. path: the pipeline's
+    folder or hub id; dino: DINOv2's, or None for the one inside. Raises ModelError."""
+    weight = vae.quant_conv.weight
+    if kind == "unet":
+        return UNetFeatures(load_unet(path, dtype=weight.dtype, device=weight.device))
+    backbone = load_dino(dino or Path(path) / "dinov2").to(weight.device, weight.dtype)
+    return DinoFeatures(backbone, kind, vae=vae if kind == "pixel" else None)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@
     recorder                            a GPU's work of a step in one launch, for networks that are small
     collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
-    rewind                              what an earlier run wrote after the starting step goes
+    resume, rewind                      goes on from the last; what was written after it goes
     Log                                 one line per interval, metrics.jsonl, TensorBoard if it is installed
 
     $ python engine.py out/stage1/metrics.jsonl plot.png        # draws what was logged
@@ -233,15 +233,15 @@ def normal(seed, numbers, stream, shape, device):
 
 
 class Weights:
-    """The trainable parameters of a network, by name, in fp32.
+    """The trainable parameters of a network, by name, in fp32. All others freeze.
 
     The network itself may compute in bf16, where an update of 1e-5 would be rounded away. So the optimiser
     moves fp32 masters, and `push` copies them into the network; `pull` brings its gradients back.
     """
 
     def __init__(self, net, names):
-        parameters = dict(net.named_parameters())
-        self.copies = {name: parameters[name] for name in names}
+        parameters = dict(net.requires_grad_(False).named_parameters())
+        self.copies = {name: parameters[name].requires_grad_() for name in names}
         self.masters = {
             name: torch.nn.Parameter(p.detach().float().clone()) for name, p in self.copies.items()}
 
@@ -450,6 +450,20 @@ def load_checkpoint(folder, which, config, restarted=False):
                                    "Repeat them, or choose another --output_dir")
         return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
     return None
+
+
+def resume(args, world, groups, optimizers):
+    """Goes on where the run in --output_dir stopped, or from the checkpoint that was asked for: puts in what
+    evolves, see collect -> (its step or 0, the configuration that the next checkpoints belong to)."""
+    config = {key: value for key, value in vars(args).items() if key not in FREE} | {"world_size": world.size}
+    with refusing():
+        found = load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
+    step, tensors = found or (0, None)
+    if found:
+        restore(groups, optimizers, tensors)
+    if world.rank == 0:
+        rewind(args.output_dir, step)
+    return step, config
 
 
 def rewind(folder, step):

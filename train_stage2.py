@@ -10,7 +10,6 @@ UNet in memory: they share whatever does not train, and engine.swapped puts in t
 differ. Real is what ema makes of x_s, the point that the teacher reaches from x_t in m guided Euler steps;
 fake is f_theta(x_t, sigma_t). Files as in stage 1. The same command again resumes.
 """
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ import data
 import engine
 import model
 import sampler
-from discriminator import DinoFeatures, Discriminator, UNetFeatures, load_dino
+from discriminator import Discriminator, load_features
 from losses import consistency_weight, hinge_d, hinge_g, pseudo_huber
 from solver import NUM_SIGMAS, consistency, karras_sigmas, solve, strided
 
@@ -73,22 +72,9 @@ with engine.refusing():
     vae = model.load_vae(args.model, dtype=dtype, device=device)
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
     unet = model.load_unet(args.model, device=device)
-    if args.discriminator == "unet":
-        features = UNetFeatures(model.load_unet(args.model, dtype=dtype, device=device))
-    else:
-        dino = load_dino(args.dino or Path(args.model) / "dinov2").to(device, dtype)
-        features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
-width, height = (side or 8 * unet.config["sample_size"] for side in (args.width, args.height))
-open_data = partial(
-    data.open_data, args.data, vae, image_encoder, num_frames=unet.config["num_frames"], width=width,
-    height=height, where=args.where, motion_bucket_id=args.motion_bucket_id, fps=args.fps, flip=args.flip,
-    workers=args.workers, share=share, batch_size=args.batch_size)
-with engine.refusing():
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    latents = open_data(seed=args.seed, num_clips=args.num_clips,
-                        skip_list=args.output_dir / f"skipped-{world.rank}.jsonl")
-    # Pictures to watch: clips of the toy world that nothing trains on, or other moments of the videos.
-    x0_shown, cond_shown = open_data(seed=args.seed + data.HELD_OUT, num_clips=4).take(torch.arange(4))
+    features = load_features(args.discriminator, args.model, args.dino, vae)
+    latents, (x0_shown, cond_shown) = data.open_training_data(
+        args, vae, image_encoder, unet, share, world.rank)
 generators = lambda: [torch.Generator().manual_seed(args.seed + i) for i in range(4)]     # each row's noise
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
 
@@ -105,8 +91,6 @@ net.set_checkpointing(args.gradient_checkpointing)
 names = [name for name, _ in net.named_parameters() if args.train == "all" or
          "lora" in args.train and ".lora_" in name or
          "temporal" in args.train and ".temporal_transformer_blocks." in name and ".lora_" not in name]
-for name, parameter in net.named_parameters():
-    parameter.requires_grad_(name in names)
 theta = engine.Weights(net, names)
 teacher_weights = {name: p.detach().clone() for name, p in theta.copies.items()}
 
@@ -135,21 +119,14 @@ ema_copies = {name: t.to(dtype) for name, t in ema.items()}     # what the netwo
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-step, bad_steps, skipped = 0, 0, torch.zeros(())
+bad_steps, skipped = 0, torch.zeros(())
 # Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
 evolving = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers,
             "count": {"skipped": skipped}}
 optimizers = {"opt": opt, "opt_d": opt_d}
-config = {key: value for key, value in vars(args).items() if key not in engine.FREE}
-config["world_size"] = world.size
-with engine.refusing():
-    found = engine.load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
-if found:
-    step, tensors = found
-    engine.restore(evolving, optimizers, tensors)
-    theta.push()
+step, config = engine.resume(args, world, evolving, optimizers)
+theta.push()
 if world.rank == 0:
-    engine.rewind(args.output_dir, step)
     count = sum(p.numel() for p in net.parameters())
     trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
     print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
