@@ -3,7 +3,7 @@
     start_world, end_world              torch.distributed under torchrun, or one plain process
     all_mean, any_rank                  what the processes tell each other
     fail, refusing                      one line and exit status 2: how every bad input ends
-    command_line, training_flags        flags, and those of both stages, whose defaults a preset gives
+    command_line, training_flags        flags, and those of both stages; start_training reads them
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     swapped, update_ema                 one network in three roles, one of them an average
@@ -12,6 +12,7 @@
     collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
     resume, rewind                      goes on from the last; what was written after it goes
+    publish                             what a run leaves: to stage 2, to the sampler
     Log                                 one line per interval, metrics.jsonl, TensorBoard if it is installed
 
     $ python engine.py out/stage1/metrics.jsonl plot.png        # draws what was logged
@@ -191,15 +192,20 @@ def training_flags(description, presets):
     return parser
 
 
-def parse_with_preset(parser, presets):
-    """The flags that were given; behind the others stand the defaults of --preset, also in --help."""
+def start_training(parser, presets):
+    """The flags that were given, with the defaults of --preset for the others, also in --help; and, now that
+    they are known to be good, the processes -> (args, world)."""
     parser.set_defaults(**presets[parser.parse_known_args()[0].preset])
     parser.add_argument("-h", "--help", action="help",
                         help="show this, with the defaults of the --preset given, and exit")
     args = parser.parse_args()
     if not args.data:
         parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
-    return args
+    world = start_world(args.device)
+    if args.batch_size % (world.size * args.gradient_accumulation_steps):
+        parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
+                     f"{args.gradient_accumulation_steps} parts")
+    return args, world
 
 
 class StopSignal:
@@ -464,6 +470,17 @@ def resume(args, world, groups, optimizers):
     if world.rank == 0:
         rewind(args.output_dir, step)
     return step, config
+
+
+def publish(folder, net, weights, judge, lora):
+    """What stage 2 and the sampler take: the weights that trained, the discriminator's tensors, and the whole
+    UNet; of one that trained by LoRA alone that update, too, for diffusers and PEFT."""
+    model.write_safetensors(folder / "student.safetensors", weights.tensors())
+    model.write_safetensors(folder / "disc.safetensors", judge)
+    if lora:
+        model.save_lora(net, folder)
+    model.save_unet(model.merge_lora(net), folder / "merged", torch.float16)
+    print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
 
 
 def rewind(folder, step):

@@ -55,13 +55,9 @@ flag("--guidance", type=float, nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("
      help="the teacher's, growing over the frames from one drawn in A..B to one in C..D; 1 1 1 1 is none")
 flag("--weight_exponent", type=float, default=0.1, help="e of lambda(t_n) = (1 / (sigma_t - sigma_s)) ^ e")
 flag("--ema_decay", type=float, default=0.95, help="of theta^-; 0 is the student itself")
-args = engine.parse_with_preset(parser, PRESETS)
-world = engine.start_world(args.device)
+args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 stop = engine.StopSignal()
-if args.batch_size % (world.size * args.gradient_accumulation_steps):
-    parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
-                 f"{args.gradient_accumulation_steps} parts")
 share = args.batch_size // world.size                           # clips of this process
 part = share // args.gradient_accumulation_steps                # clips at a time
 torch.manual_seed(args.seed)                                    # initial weights
@@ -266,11 +262,5 @@ while step < args.max_train_steps:
 if world.rank == 0 and step < args.max_train_steps:
     print(f"stopped by SIGTERM after step {step}; run the same command again to go on")
 elif world.rank == 0:
-    model.write_safetensors(args.output_dir / "student.safetensors", theta.tensors())
-    model.write_safetensors(args.output_dir / "disc.safetensors", {**psi, **psi_buffers})
-    merged = args.output_dir / "merged"
-    if args.train == "lora":
-        model.save_lora(net, args.output_dir)                   # the update alone, for diffusers and PEFT
-    model.save_unet(model.merge_lora(net), merged, torch.float16)
-    print(f"wrote {merged}: python sampler.py --image assets/input.png --student {merged}")
+    engine.publish(args.output_dir, net, theta, psi | psi_buffers, lora=args.train == "lora")
 engine.end_world(world)

@@ -593,7 +593,7 @@ def test_help_shows_the_defaults_of_the_preset(train, stage):
 def test_every_flag_is_read_and_explained(stage):
     """Those of both stages are defined in engine.py, and some of them read by what the script calls."""
     source, shared = ((ROOT / name).read_text() for name in (f"train_stage{stage}.py", "engine.py"))
-    for function in (data.open_training_data, engine.resume, engine.parse_with_preset):
+    for function in (data.open_training_data, engine.resume, engine.start_training):
         assert function.__name__ in source
         source += inspect.getsource(function)
     own, both = ([node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)
