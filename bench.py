@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -414,16 +416,12 @@ def main():
     args.width, args.height = (side or default for side, default in zip(
         (args.width, args.height), (128, 128) if args.size == "toy" else (1024, 576)))
     args.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if args.diffusers:
-        try:
-            import diffusers
-        except ImportError:
-            args.diffusers = False
+    args.diffusers = args.diffusers and find_spec("diffusers") is not None
     args.ceiling = None
     if {"nets", "sample", "all"} & {*args.what}:
         args.ceiling = matmul_ceiling(device, args.dtype)
         print(f"matrix product {args.ceiling:.0f} TFLOP/s")
-    result = {**evaluate.record(args), "diffusers": diffusers.__version__ if args.diffusers else None,
+    result = {**evaluate.record(args), "diffusers": version("diffusers") if args.diffusers else None,
               "matmul_tflops_per_s": args.ceiling}
     for name, function in parts.items():
         if name in args.what or "all" in args.what:

@@ -139,8 +139,7 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     is biased upwards for few clips: compare only distances of equal n.
     """
     real, fake = features_real.detach().double().cpu(), features_fake.detach().double().cpu()       # n d
-    cov_real, cov_fake = torch.cov(real.T, correction=1), torch.cov(fake.T, correction=1)           # d d
-    cov_real, cov_fake = torch.atleast_2d(cov_real), torch.atleast_2d(cov_fake)
+    cov_real, cov_fake = (torch.atleast_2d(torch.cov(x.T, correction=1)) for x in (real, fake))     # d d
     values, vectors = torch.linalg.eigh(cov_real)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                                         # d d
     overlap = torch.linalg.eigvalsh(root @ cov_fake @ root).clamp(min=0).sqrt().sum()

@@ -298,44 +298,42 @@ def quality(pupil, see):
             "f1_colours": f1(scene[:, :colours], batch.attributes[:, :colours])}
 
 
+def teach(stage, backbone, summary_dim, see, prepare):
+    """see: pictures [b 3 H W] -> what the backbone gets of them, after prepare(pictures, generator)."""
+    pupil, batch_size = Pupil(backbone, summary_dim).to(device), getattr(args, f"{stage}_batch_size")
+    record(pupil, see(torch.zeros(batch_size, 3, args.size, args.size, device=device)))
+
+    def loss(step, generator):
+        batch = clips(args.seed, step * batch_size, batch_size, num_frames=1)
+        images = prepare(batch.frames[:, 0], generator)                                 # b 3 H W
+        return lesson(pupil, see(images), images, batch)
+
+    train(stage, pupil, loss)
+    publish(stage, lambda folder: backbone.half().save_pretrained(folder), **quality(pupil, see))
+
+
 if wanted("image_encoder"):
-    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
+    teach("image_encoder", CLIPVisionModelWithProjection(CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, hidden_act="gelu",
-        image_size=CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
-    pupil = Pupil(clip, EMBED_DIM).to(device)
-    see = clip_pixels
-    record(pupil, see(torch.zeros(args.image_encoder_batch_size, 3, args.size, args.size, device=device)))
-
-    def image_encoder_loss(step, generator):
-        batch = clips(args.seed, step * args.image_encoder_batch_size, args.image_encoder_batch_size, 1)
-        return lesson(pupil, see(batch.frames[:, 0]), batch.frames[:, 0], batch)
-
-    train("image_encoder", pupil, image_encoder_loss)
-    publish("image_encoder", lambda folder: clip.half().save_pretrained(folder), **quality(pupil, see))
+        image_size=CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM)), EMBED_DIM,
+        clip_pixels, lambda images, generator: images)
 
 if wanted("dinov2"):
     dino = Dinov2Model(Dinov2Config(hidden_size=96, num_hidden_layers=12, num_attention_heads=3,
                                     image_size=GRID * PATCH, patch_size=PATCH))
-    pupil = Pupil(dino, 96).to(device)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def see(images):
         pixels = F.interpolate(images, (GRID * PATCH,) * 2, mode="bilinear", antialias=True)
         return (pixels / 2 + 0.5 - mean) / std
 
-    record(pupil, see(torch.zeros(args.dinov2_batch_size, 3, args.size, args.size, device=device)))
-
-    def dinov2_loss(step, generator):
-        batch = clips(args.seed, step * args.dinov2_batch_size, args.dinov2_batch_size, num_frames=1)
-        images = batch.frames[:, 0]                                                     # b 3 H W
-        # Half of them as blurred, more or less, as latents are that were made larger.
+    def half_blurred(images, generator):
+        """Half of them as blurred, more or less, as latents are that were made larger."""
         coarse = F.interpolate(F.avg_pool2d(images, 8), images.shape[-2:], mode="bilinear")
         amount = torch.rand(len(images), generator=generator, device=device) * 2 - 1
-        images = images.lerp(coarse, amount.clamp(min=0)[:, None, None, None])
-        return lesson(pupil, see(images), images, batch)
+        return images.lerp(coarse, amount.clamp(min=0)[:, None, None, None])
 
-    train("dinov2", pupil, dinov2_loss)
-    publish("dinov2", lambda folder: dino.half().save_pretrained(folder), **quality(pupil, see))
+    teach("dinov2", dino, 96, see, half_blurred)
 
 # ---- i3d ------------------------------------------------------------------------------------------------
 
