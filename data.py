@@ -8,7 +8,7 @@ is what the paper is about.
 
     toy_clips(seed, indices)  ->  ToyClips: frames, motion buckets, what is in the scene, where the shapes are
     toy_latents(...)          ->  Latents: the same clips encoded once, as training takes them
-    contact_sheet(frames)     ->  one picture, a row of frames per clip
+    contact_sheet(frames)     ->  one picture, a row of frames per clip; save_sheet writes it
 
 A clip is a pure function of (seed, index): no state, the same on every device and in any split into batches.
 To look at the first eight clips:
@@ -265,6 +265,14 @@ def contact_sheet(frames: Tensor, gap: int = 2) -> Tensor:
     frames = F.pad(frames.detach().float().cpu().clamp(-1, 1), (gap, 0, gap, 0), value=1.0)        # n f c h w
     sheet = F.pad(rearrange(frames, "n f c h w -> c (n h) (f w)"), (0, gap, 0, gap), value=1.0)     # c H W
     return rearrange((sheet * 127.5 + 127.5).round().byte(), "c h w -> h w c")
+
+
+def save_sheet(clips, file, shrink=1):
+    """contact_sheet as a picture, .jpg or else .png. The file appears whole or not at all."""
+    from PIL import Image
+    with model.replacing(file) as part:
+        sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)
+        sheet.save(part, "JPEG" if file.suffix == ".jpg" else "PNG", quality=90)
 
 
 # ---- Videos: which files --------------------------------------------------------------------------------
@@ -547,10 +555,9 @@ def check(args, out):
 
 def preview(args, out):
     """draws the first clips as a trainer will see them, a row for each"""
-    from PIL import Image
     frames, facts = zip(*map(open_clips(args).clip, range(args.num_clips or 8)))
     frames = rearrange(torch.stack(frames), "n f h w c -> n f c h w") / 127.5 - 1
-    Image.fromarray(contact_sheet(frames).numpy()).save(out, "PNG")
+    save_sheet(frames, out)
     print(*map(json.dumps, facts), f"wrote {out}", sep="\n")
 
 

@@ -587,6 +587,5 @@ def plot(metrics, out, width=360, height=200, columns=3):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
-        print("engine.py: usage: python engine.py METRICS.jsonl OUT.png", file=sys.stderr)
-        sys.exit(2)
+        fail("usage: python engine.py METRICS.jsonl OUT.png")
     plot(*sys.argv[1:])

@@ -413,8 +413,6 @@ def trained(run, seed, args):
 def compare(rows, args):
     """Each row of a table, for each training seed -> JSON, with the protocol, and beside it a picture of the
     first clips: real, then the rows."""
-    from PIL import Image
-
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae, image_encoder, teacher = (load(args.model, dtype=dtype, device=device) for load in (
@@ -462,8 +460,7 @@ def compare(rows, args):
             if args.report:                             # what is done is on the disk
                 model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})
                 sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1     # (n rows) f 3 H W
-                sheet = Image.fromarray(data.contact_sheet(sheet).numpy()).reduce(2)
-                sheet.save(args.report.with_suffix(".jpg"), quality=90)
+                data.save_sheet(sheet, args.report.with_suffix(".jpg"), shrink=2)
     return {"protocol": protocol, "rows": results}
 
 

@@ -29,6 +29,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 import model
+from data import save_sheet
 from engine import fail, peak_memory
 from model import SVD, ModelError, default_size, load_student, replacing
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
@@ -193,15 +194,6 @@ def save_video(frames, file, fps):
             starts = [round(100 * i / fps) for i in range(len(images) + 1)]
             durations = [10 * (b - a) for a, b in zip(starts, starts[1:])]
             images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-
-
-def save_sheet(clips, file):
-    """clips [n f 3 H W] in [-1, 1] -> one .png, a row per clip."""
-    from PIL import Image
-
-    from data import contact_sheet
-    with replacing(file) as part:
-        Image.fromarray(contact_sheet(clips).numpy()).save(part, "PNG")
 
 
 def write_mp4(pixels, file, fps):

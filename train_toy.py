@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -416,8 +415,8 @@ if "report" in args.stages and world.rank == 0:
     decode = lambda x: to_clips(vae.decode(x.flatten(0, 1) / scaling_factor, f)).clamp(-1, 1)      # b f 3 H W
     sharpness = lambda frames: frames[:, -1].diff(dim=-1).abs().mean().item()
     fvd = lambda frames: evaluate.frechet_distance(features_real, evaluate.video_features(detector, frames))
-    picture = lambda name, frames: Image.fromarray(data.contact_sheet(frames).numpy()).reduce(2).save(
-        report_file.with_name(f"{report_file.stem}_{name}.jpg"), quality=90)
+    picture = lambda name, frames: data.save_sheet(
+        frames, report_file.with_name(f"{report_file.stem}_{name}.jpg"), shrink=2)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     draw = lambda x: torch.randn(x.shape, generator=generator, device=device)
