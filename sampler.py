@@ -196,6 +196,30 @@ def save_video(frames, file, fps):
             images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
+class Sheets:
+    """Pictures of a training run: the same clips in rows, real, by the teacher, by one step, and by one step
+    with the Time Travel Sampler. x0 and cond: real clips; net: the teacher now, the student when `save` is
+    called."""
+
+    def __init__(self, net, vae, x0, cond, teacher_steps, seed):
+        self.net, self.vae, self.cond, self.seed = net, vae, cond, seed
+        teacher = sample_teacher(net, cond, karras_sigmas(teacher_steps), self.generators(), (1.0, 3.0))
+        self.fixed_rows = [decode(vae, x).cpu() for x in (x0, teacher)]
+
+    def generators(self):
+        return [torch.Generator().manual_seed(self.seed + i) for i in range(len(self.cond.time_ids))]
+
+    def save(self, folder, step, fps):
+        """Writes sample-STEP.png and .mp4 into the folder."""
+        sigmas, rows = karras_sigmas(NUM_SIGMAS), list(self.fixed_rows)
+        for k, tts in ((1, False), (2, True)):
+            x0 = sample(self.net, self.cond, strided(sigmas, k), self.generators(), tts)
+            rows.append(decode(self.vae, x0).cpu())                             # n f 3 H W
+        save_sheet(torch.cat(rows), folder / f"sample-{step:06d}.png")
+        together = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")
+        save_video(together, folder / f"sample-{step:06d}.mp4", fps)
+
+
 def write_mp4(pixels, file, fps):
     """pixels [f H W 3] uint8 -> an mp4 that plays everywhere: H.264, 4:2:0, BT.709 said and meant."""
     import av

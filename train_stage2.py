@@ -13,7 +13,6 @@ fake is f_theta(x_t, sigma_t). Files as in stage 1. The same command again resum
 from pathlib import Path
 
 import torch
-from einops import rearrange
 
 import data
 import engine
@@ -21,7 +20,7 @@ import model
 import sampler
 from discriminator import Discriminator, load_features
 from losses import consistency_weight, hinge_d, hinge_g, pseudo_huber
-from solver import NUM_SIGMAS, consistency, karras_sigmas, solve, strided
+from solver import NUM_SIGMAS, consistency, karras_sigmas, solve
 
 # ---- config ---------------------------------------------------------------------------------------------
 
@@ -69,9 +68,7 @@ with engine.refusing():
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
     unet = model.load_unet(args.model, device=device)
     features = load_features(args.discriminator, args.model, args.dino, vae)
-    latents, (x0_shown, cond_shown) = data.open_training_data(
-        args, vae, image_encoder, unet, share, world.rank)
-generators = lambda: [torch.Generator().manual_seed(args.seed + i) for i in range(4)]     # each row's noise
+    latents, shown = data.open_training_data(args, vae, image_encoder, unet, share, world.rank)
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
 
 # ---- what trains ----------------------------------------------------------------------------------------
@@ -79,10 +76,8 @@ sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descend
 if "lora" in args.train:
     model.add_lora(unet, args.lora_rank, targets=model.LORA_CONVS if args.lora_convs else model.LORA_TARGETS)
 net = unet.to(dtype)
-if world.rank == 0:                         # rows of the sample sheets that stay; nothing has trained yet
-    x0_teacher = sampler.sample_teacher(net, cond_shown, karras_sigmas(args.validation_teacher_steps),
-                                        generators(), (1.0, 3.0))
-    fixed_rows = [sampler.decode(vae, x).cpu() for x in (x0_shown, x0_teacher)]
+if world.rank == 0:                                             # while nothing has trained yet
+    sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 names = [name for name, _ in net.named_parameters() if args.train == "all" or
          "lora" in args.train and ".lora_" in name or
@@ -127,20 +122,6 @@ if world.rank == 0:
     trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
     print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
 log = engine.Log(args.output_dir, world, step, args.batch_size)
-
-
-@torch.no_grad()
-def validate():
-    """Held-out clips in rows of four: real, teacher, one step, one step with the Time Travel Sampler."""
-    rows = list(fixed_rows)
-    for k, tts in ((1, False), (2, True)):
-        x0_pred = sampler.sample(net, cond_shown, strided(sigmas, k), generators(), tts)
-        rows.append(sampler.decode(vae, x0_pred).cpu())
-    frames = torch.cat(rows)                                                    # (4 4) f 3 H W
-    sampler.save_sheet(frames, args.output_dir / f"sample-{step:06d}.png")
-    frames = rearrange(frames, "(rows n) f c h w -> f c (rows h) (n w)", n=4)
-    sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
-
 
 # ---- a step ---------------------------------------------------------------------------------------------
 
@@ -247,7 +228,7 @@ while step < args.max_train_steps:
     if step % args.log_steps == 0:
         log.write(step, skipped=int(skipped))
     if world.rank == 0 and step % args.validation_steps == 0:
-        validate()
+        sheets.save(args.output_dir, step, data.FPS)
     stopping = engine.any_rank(stop.asked, device)
     if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
         if world.rank == 0:
