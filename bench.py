@@ -39,14 +39,9 @@ import sampler
 import solver
 from discriminator import IMAGENET_MEAN, IMAGENET_STD, upsample_normalize
 
-# frames, latent height and width, output height and width
-SHAPES = {
-    "8 clips of 14 frames, 72x128 -> 518x518": (112, 72, 128, 518, 518),
-    "14 frames, 72x128 -> 224x224": (14, 72, 128, 224, 224),
-    "14 frames, 72x128 -> 518x518": (14, 72, 128, 518, 518),
-    "14 frames, 40x72 -> 518x518": (14, 40, 72, 518, 518),
-}
-SMALL = {"14 frames, 8x8 -> 42x42": (14, 8, 8, 42, 42)}
+# clips of 14 frames, latent height and width, output height and width
+SHAPES = [(8, 72, 128, 518, 518), (1, 72, 128, 224, 224), (1, 72, 128, 518, 518), (1, 40, 72, 518, 518)]
+SMALL = [(1, 8, 8, 42, 42)]
 
 
 def median_ms(fn, inputs, device, budget=0.3):
@@ -106,8 +101,9 @@ def kernel(args):
     bandwidth, rows = copy_bandwidth(device), []
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     print(" " * 40 + "    forward of floor   backward of floor repeats    error  of grad")
-    for name, (n, h, w, height, width) in (SHAPES if device.type == "cuda" else SMALL).items():
-        size = (height, width)
+    for clips, h, w, height, width in SHAPES if device.type == "cuda" else SMALL:
+        name = f"{clips} clips of " * (clips > 1) + f"14 frames, {h}x{w} -> {height}x{width}"
+        n, size = 14 * clips, (height, width)
         bytes_moved = n * 3 * (height * width + h * w) * 2                      # bf16, either direction
         count = max(2, min(8, int(2e8 / bytes_moved)))                          # beyond any cache
         inputs = [torch.randn(n, 3, h, w, device=device, dtype=dtype).requires_grad_() for _ in range(count)]
@@ -185,19 +181,14 @@ def matmul_ceiling(device, dtype):
 
 
 def networks(args, device, dtype):
-    """UNet and VAE of SVD's size or the toy's, with random weights of a sensible scale, and their inputs."""
-    unet_config, vae_config, embed_dim = {}, {}, 1024
-    if args.size == "toy":
-        unet_config, vae_config = (
-            {k: v for k, v in model.read_json(sampler.TOY / part / "config.json").items() if k[0] != "_"}
-            for part in ("unet", "vae"))
-        embed_dim = unet_config["cross_attention_dim"]
+    """UNet and VAE of SVD's size, with random weights of a sensible scale, or the toy's, and their inputs."""
     with torch.device(device):
-        unet, vae = model.UNet(**unet_config).to(dtype).eval(), model.VAE(**vae_config).to(dtype).eval()
+        unet, vae = (model.load_unet(sampler.TOY), model.load_vae(sampler.TOY)) if args.size == "toy" \
+            else (model.UNet(), model.VAE())
         for net in (unet, vae):
-            net.requires_grad_(False)
+            net.to(device, dtype).eval().requires_grad_(False)
         b, f, h, w = args.batch_size, args.num_frames, args.height // 8, args.width // 8
-        cond = model.Cond(torch.randn(b, 1, embed_dim), torch.randn(b, f, 4, h, w),
+        cond = model.Cond(torch.randn(b, 1, unet.config["cross_attention_dim"]), torch.randn(b, f, 4, h, w),
                           torch.tensor([[6.0, 127.0, 0.02]]).repeat(b, 1))
     return unet, vae, cond
 
@@ -315,7 +306,6 @@ def random_pipeline(folder, args):
         projection_dim=1024, hidden_act="gelu")).half().save_pretrained(folder / "image_encoder")
     Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)).save_pretrained(
         folder / "dinov2")
-    (folder / "videos").mkdir()
     for i in range(4):
         noise = F.interpolate(torch.rand(60, 3, args.height // 8, args.width // 8), scale_factor=8)  # f 3 H W
         sampler.save_video(noise * 2 - 1, folder / "videos" / f"{i}.mp4", 24)
@@ -368,9 +358,8 @@ def videos(args, seconds=6, count=16):
         with av.open(str(folder / "video.mp4")) as container:
             container.streams.video[0].codec_context.thread_count = 1
             count_all = sum(1 for _ in container.decode(video=0))
-        yield tell(
-            "1080p H.264, plain decode from beginning to end, one thread",
-            frames_per_s=count_all / (time.perf_counter() - before))
+        yield tell("1080p H.264, plain decode from beginning to end, one thread",
+                   frames_per_s=count_all / (time.perf_counter() - before))
         for width, height in ((576, 320), (1024, 576)):
             clips = data.Clips(data.open_files(folder), 0, args.num_frames, width, height, workers=1)
             clips.clip(0)                                           # starts the process

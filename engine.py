@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -508,11 +508,9 @@ class Log:
         self.clock, self.step, self.batch_size, self.totals = time.perf_counter(), step, batch_size, {}
         if world.rank:
             return
-        try:
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        except ImportError:
-            pass
 
     def add(self, weight=1, **values):
         """Scalar tensors of a step, or of a part of it that counts `weight`."""

@@ -344,10 +344,8 @@ RUNS = {
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
 # the same pictures are as near as one can come: the distance between two sets of clips is never 0.
 FLOOR = ("real", "other futures", None)
-SHIPPED = [
-    FLOOR, ("teacher", "25", None), ("teacher", "8", None), ("teacher", "2", None), ("teacher", "1", None),
-    ("shipped", "1", None), ("shipped", "tts", None), ("shipped", "2", None),
-    ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
+SHIPPED = [FLOOR, *(("teacher", name, None) for name in ("25", "8", "2", "1")),
+           *(("shipped", name, None) for name in ("1", "tts", "2", "tts printed", "tts v1"))]
 TABLE1 = [
     FLOOR,
     ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25), ("teacher", "1", 1177.34),

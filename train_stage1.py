@@ -42,8 +42,7 @@ PRESETS = {
 parser = engine.training_flags("Stage 1 of OSV: latent GAN pretraining.", PRESETS)
 flag = parser.add_argument
 flag("--output_dir", type=Path, default="out/stage1", help="everything is written here")
-flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora",
-     help="what trains")
+flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora", help="what trains")
 flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32

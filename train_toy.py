@@ -167,7 +167,7 @@ def train(stage, net, loss_of):
         if (step + 1) % args.log_every == 0:
             log(stage=stage, step=step + 1, loss=losses.item() / args.log_every)
             losses.zero_()
-        stopping = engine.any_rank(stop or time.time() - start > args.time_limit, device)
+        stopping = engine.any_rank(bool(stop) or time.time() - start > args.time_limit, device)
         if (stopping or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps) and world.rank == 0:
             tensors = engine.collect(evolving, optimizers)
             model.write_safetensors(checkpoint, tensors, {"step": str(step + 1), "settings": settings})
@@ -287,16 +287,6 @@ def lesson(pupil, pixels, images, batch):
         + F.l1_loss(looks, F.adaptive_avg_pool2d(torch.cat((images, contrast), dim=1), grid))
 
 
-def quality(pupil, see):
-    """F1 on held-out pictures: of everything, and of the colours of shapes."""
-    batch = clips(held_out, 0, args.report_clips, num_frames=1)
-    with torch.no_grad():
-        scene = torch.cat([pupil(see(images))[0] for images in batch.frames[:, 0].split(64)])           # b k
-    colours = len(data.COLOURS)
-    return {"f1": f1(scene, batch.attributes[:, :data.NUM_STATIC]),
-            "f1_colours": f1(scene[:, :colours], batch.attributes[:, :colours])}
-
-
 def teach(stage, backbone, summary_dim, see, prepare):
     """see: pictures [b 3 H W] -> what the backbone gets of them, after prepare(pictures, generator)."""
     pupil, batch_size = Pupil(backbone, summary_dim).to(device), getattr(args, f"{stage}_batch_size")
@@ -308,7 +298,13 @@ def teach(stage, backbone, summary_dim, see, prepare):
         return lesson(pupil, see(images), images, batch)
 
     train(stage, pupil, loss)
-    publish(stage, lambda folder: backbone.half().save_pretrained(folder), **quality(pupil, see))
+    # How much of held-out pictures it tells: of everything, and of the colours of shapes.
+    batch, colours = clips(held_out, 0, args.report_clips, num_frames=1), len(data.COLOURS)
+    with torch.no_grad():
+        scene = torch.cat([pupil(see(images))[0] for images in batch.frames[:, 0].split(64)])           # b k
+    publish(stage, lambda folder: backbone.half().save_pretrained(folder),
+            f1=f1(scene, batch.attributes[:, :data.NUM_STATIC]),
+            f1_colours=f1(scene[:, :colours], batch.attributes[:, :colours]))
 
 
 if wanted("image_encoder"):
