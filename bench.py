@@ -232,10 +232,9 @@ def nets(args):
         if args.compile:
             for net in (unet, vae.encoder, vae.decoder):
                 net.compile(dynamic=False)
-        decode = partial(vae.decode, num_frames=f)
         yield measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args)
         yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args)
-        yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args)
+        yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args)
         yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)
         if name.startswith("ours"):
             unet.set_checkpointing(True)
@@ -260,10 +259,9 @@ def sample(args):
         x0 = draw(unet, cond._replace(image_latents=latents), sigmas, torch.Generator().manual_seed(0))
         return sampler.decode(vae, x0, args.decode_chunk_size)
 
-    teacher = partial(sampler.sample_teacher, guidance=(1.0, 3.0))
-    travel = partial(sampler.sample, tts=True)
-    for name, draw, k in (("1 step", sampler.sample, 1), ("1 step + TTS", travel, 2),
-                          ("25 guided", teacher, 25)):
+    for name, draw, k in (("1 step", sampler.sample, 1),
+                          ("1 step + TTS", partial(sampler.sample, tts=True), 2),
+                          ("25 guided", partial(sampler.sample_teacher, guidance=(1.0, 3.0)), 25)):
         yield measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
                       torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args)
     if args.diffusers:

@@ -65,20 +65,25 @@ def start_world(device=None):
     return World(rank, size, device, any_rank(int(restarts), device))
 
 
+def average(tensor):
+    """The mean over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
 def all_mean(values):
     """The mean over all ranks of each scalar tensor in a dictionary, in one message -> {name: float}."""
     flat = torch.stack([value.detach().float() for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-    return dict(zip(values, flat.tolist()))
+    return dict(zip(values, average(flat).tolist()))
 
 
 def any_rank(flag, device):
     """True on all ranks if it is on one: what all have to do together is decided together."""
     if not dist.is_initialized():
         return bool(flag)
-    flag = torch.tensor(float(flag), device=device)
+    flag = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -208,15 +213,12 @@ def start_training(parser, presets):
     return args, world
 
 
-class StopSignal:
-    """SIGTERM asks to stop: the loop finishes its step, saves, and exits with status 0."""
-
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = True
+def stop_signal():
+    """A list that is empty until SIGTERM asks to stop: the loop finishes its step, saves and exits with
+    status 0."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    return asked
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -296,10 +298,7 @@ def finite_step(optimizer, parameters, max_norm):
     roles in a step has no single forward for DDP's hooks to wait for.
     """
     parameters = list(parameters)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+    flat = average(torch.cat([p.grad.flatten() for p in parameters]))
     norm = flat.norm()
     stepped = bool(norm.isfinite())                 # the one place where a step waits for the device
     if stepped:

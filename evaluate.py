@@ -347,11 +347,10 @@ FLOOR = ("real", "other futures", None)
 SHIPPED = [FLOOR, *(("teacher", name, None) for name in ("25", "8", "2", "1")),
            *(("shipped", name, None) for name in ("1", "tts", "2", "tts printed", "tts v1"))]
 TABLE1 = [
-    FLOOR,
-    ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25), ("teacher", "1", 1177.34),
-    ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80), ("AnimateLCM", "2", 575.33),
-    ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ("osv", "1", 335.36), ("osv", "tts", 171.15),
-    ("osv", "2", 181.95)]
+    FLOOR, ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25),
+    ("teacher", "1", 1177.34), ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
+    ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68),
+    ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)]
 TABLE2 = {
     "a": [("m = 1", "tts", 332.25), ("osv", "tts", 171.15)],
     "b": [("stage 2 only", "tts", 221.75), ("osv", "tts", 171.15)],

@@ -211,10 +211,9 @@ class Sheets:
 
     def save(self, folder, step, fps):
         """Writes sample-STEP.png and .mp4 into the folder."""
-        sigmas, rows = karras_sigmas(NUM_SIGMAS), list(self.fixed_rows)
-        for k, tts in ((1, False), (2, True)):
-            x0 = sample(self.net, self.cond, strided(sigmas, k), self.generators(), tts)
-            rows.append(decode(self.vae, x0).cpu())                             # n f 3 H W
+        sigmas = karras_sigmas(NUM_SIGMAS)
+        latents = [sample(self.net, self.cond, strided(sigmas, k), self.generators(), k == 2) for k in (1, 2)]
+        rows = self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in latents]             # n f 3 H W each
         save_sheet(torch.cat(rows), folder / f"sample-{step:06d}.png")
         together = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")
         save_video(together, folder / f"sample-{step:06d}.mp4", fps)
@@ -321,14 +320,12 @@ def find_images(paths):
     for path in paths:
         if "://" in path:
             fail(f"--image {path}: a URL; download it and give the file, or pipe it into --image -")
-        path = Path(path)
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                fail(f"--image {path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
-            files += inside
-        else:
-            files.append(path)
+        found = [Path(path)]
+        if Path(path).is_dir():
+            found = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            fail(f"--image {path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        files += found
     stems = [file.stem for file in files]
     return [(f"{stem}_{stems[:i].count(stem)}" if stem in stems[:i] else stem, file)
             for i, (stem, file) in enumerate(zip(stems, files))]
@@ -391,9 +388,8 @@ def main():
         unet = load_student(student, unet, args.variant)
 
     num_frames = args.num_frames or unet.config["num_frames"]
-    default = default_size(unet)
     stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
-    asked = args.width or default[0], args.height or default[1]
+    asked = tuple(side or default for side, default in zip((args.width, args.height), default_size(unet)))
     width, height = (max(stride, round(v / stride) * stride) for v in asked)
     if (width, height) != asked:
         print(f"size {asked[0]}x{asked[1]} becomes {width}x{height}: this model needs multiples of {stride}",

@@ -46,7 +46,7 @@ flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="l
 flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-stop = engine.StopSignal()
+stop = engine.stop_signal()
 share = args.batch_size // world.size                           # clips of this process
 part = share // args.gradient_accumulation_steps                # clips at a time
 torch.manual_seed(args.seed)                                    # initial weights
@@ -179,7 +179,7 @@ while step < args.max_train_steps:
         log.write(step, skipped=int(skipped))
     if world.rank == 0 and step % args.validation_steps == 0:
         sheets.save(args.output_dir, step, data.FPS)
-    stopping = engine.any_rank(stop.asked, device)
+    stopping = engine.any_rank(stop, device)
     if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
         if world.rank == 0:
             tensors = engine.collect(evolving, optimizers)

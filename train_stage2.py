@@ -56,7 +56,7 @@ flag("--weight_exponent", type=float, default=0.1, help="e of lambda(t_n) = (1 /
 flag("--ema_decay", type=float, default=0.95, help="of theta^-; 0 is the student itself")
 args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-stop = engine.StopSignal()
+stop = engine.stop_signal()
 share = args.batch_size // world.size                           # clips of this process
 part = share // args.gradient_accumulation_steps                # clips at a time
 torch.manual_seed(args.seed)                                    # initial weights
@@ -91,9 +91,8 @@ psi_buffers = {name: b for name, b in disc.heads.named_buffers()}       # spectr
 
 if args.stage1 != "none":                                       # theta and psi go on where stage 1 ended
     try:
-        for file, group in (("student", theta.masters), ("disc", psi | psi_buffers)):
-            if file == "disc" and not args.adv_weight:
-                continue
+        groups = {"student": theta.masters} | ({"disc": psi | psi_buffers} if args.adv_weight else {})
+        for file, group in groups.items():
             for name, tensor in model.read_safetensors([Path(args.stage1) / f"{file}.safetensors"]):
                 if name not in group or group[name].shape != tensor.shape:
                     raise model.ModelError(
@@ -229,7 +228,7 @@ while step < args.max_train_steps:
         log.write(step, skipped=int(skipped))
     if world.rank == 0 and step % args.validation_steps == 0:
         sheets.save(args.output_dir, step, data.FPS)
-    stopping = engine.any_rank(stop.asked, device)
+    stopping = engine.any_rank(stop, device)
     if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
         if world.rank == 0:
             tensors = engine.collect(evolving, optimizers)

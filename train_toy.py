@@ -90,8 +90,7 @@ if args.unet_batch_size % world.size:
 work = args.output_dir / ".train"
 log_file = args.train_log or args.output_dir / "train_log.jsonl"
 report_file = args.report or work / "report.json"
-for folder in (work, log_file.parent, report_file.parent):
-    folder.mkdir(parents=True, exist_ok=True)
+log_file.parent.mkdir(parents=True, exist_ok=True)
 held_out = args.seed + data.HELD_OUT
 torch.set_float32_matmul_precision("high")
 torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -167,7 +166,7 @@ def train(stage, net, loss_of):
         if (step + 1) % args.log_every == 0:
             log(stage=stage, step=step + 1, loss=losses.item() / args.log_every)
             losses.zero_()
-        stopping = engine.any_rank(bool(stop) or time.time() - start > args.time_limit, device)
+        stopping = engine.any_rank(stop or time.time() - start > args.time_limit, device)
         if (stopping or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps) and world.rank == 0:
             tensors = engine.collect(evolving, optimizers)
             model.write_safetensors(checkpoint, tensors, {"step": str(step + 1), "settings": settings})
@@ -454,10 +453,9 @@ if "report" in args.stages and world.rank == 0:
     model.write_json(report_file, {**evaluate.record(args), **report})
 
 if world.rank == 0:
-    total = 0
-    for file in sorted(args.output_dir.glob("*/*.safetensors")):
+    files = sorted(args.output_dir.glob("*/*.safetensors"))
+    for file in files:
         numbers = sum(tensor.numel() for _, tensor in model.read_safetensors([file]))
-        total += file.stat().st_size
         print(f"{file.parent.name:15s} {numbers:11,d} parameters {file.stat().st_size / 1e6:8.2f} MB")
-    print(f"{'together':15s} {'':22s} {total / 1e6:8.2f} MB")
+    print(f"{'together':15s} {'':22s} {sum(file.stat().st_size for file in files) / 1e6:8.2f} MB")
 engine.leave(0)
