@@ -92,8 +92,7 @@ def eager(x, size, dtype):
     return ((F.interpolate(x, size, mode="bilinear") - mean) / std).to(dtype)
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+relative = lambda a, b: ((a - b).norm() / b.norm()).item()
 
 
 def kernel(args):
@@ -177,7 +176,9 @@ def matmul_ceiling(device, dtype):
     """TFLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / median_ms(lambda _: a @ b, [None], device) / 1e9
+    ceiling = 2 * n ** 3 / median_ms(lambda _: a @ b, [None], device) / 1e9
+    print(f"matrix product {ceiling:.0f} TFLOP/s")
+    return ceiling
 
 
 def networks(args, device, dtype):
@@ -404,10 +405,7 @@ def main():
         (args.width, args.height), (128, 128) if args.size == "toy" else (1024, 576)))
     args.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     args.diffusers = args.diffusers and find_spec("diffusers") is not None
-    args.ceiling = None
-    if {"nets", "sample", "all"} & {*args.what}:
-        args.ceiling = matmul_ceiling(device, args.dtype)
-        print(f"matrix product {args.ceiling:.0f} TFLOP/s")
+    args.ceiling = matmul_ceiling(device, args.dtype) if {"nets", "sample", "all"} & {*args.what} else None
     result = {**evaluate.record(args), "diffusers": version("diffusers") if args.diffusers else None,
               "matmul_tflops_per_s": args.ceiling}
     for name, function in parts.items():

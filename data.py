@@ -526,6 +526,9 @@ def open_training_data(args, vae, image_encoder, unet, share, rank):
 # ---- Commands -------------------------------------------------------------------------------------------
 
 
+digest = lambda content: hashlib.sha256(content).hexdigest()
+
+
 def open_clips(args, **options):
     return Clips(open_files(args.data, args.where), args.seed, args.num_frames, args.width, args.height,
                  fps=args.fps, flip=args.flip, workers=args.workers, **options)
@@ -591,10 +594,6 @@ def encode(args, out):
         model.write_json(own, index | {"sha256": digest(json.dumps(index).encode())})
         os.replace(own, out / "index.json")
         print(f"wrote {out}: {count} clips, {sum(shard.stat().st_size for shard in shards) / 1e9:.3g} GB")
-
-
-def digest(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 def main():

@@ -434,8 +434,7 @@ def main():
         if args.save_latents:
             model.write_safetensors(out.with_suffix(".safetensors"), {"latents": x0[0]})
         if args.gallery:
-            scale = min(1, 256 / width)
-            gallery.append(F.interpolate(frames[0], scale_factor=scale, mode="area").cpu())
+            gallery.append(F.interpolate(frames[0], scale_factor=min(1, 256 / width), mode="area").cpu())
         print(f"wrote {out}: {num_frames} frames of {width}x{height} at {args.fps} fps, "
               f"seed {seed}, {how}, {evaluations} network evaluations, "
               f"{time.perf_counter() - start:.1f} s, {peak_memory(device):.1f} GB of "
