@@ -8,6 +8,7 @@
         subpixel            the same through a sub-pixel convolution (version 2 of the paper, Appendix D)
         pixel               frames decoded by the VAE, as in ADD (arXiv 2311.17042)
     UNetFeatures            frozen encoder of the diffusion UNet, as in SF-V (arXiv 2406.04324): kind `unet`
+    load_features           one of these, by its kind
     Discriminator           features and a pair of heads per level: latents [b f c h w] -> logits [b k]
 
 OSV, arXiv 2409.11367, section 4.1 and Figs. 3 and 4. A spatial head sees no motion and a temporal head no

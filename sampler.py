@@ -8,6 +8,7 @@
     sample              a student: 1 step, k steps, or (tts=True) the Time Travel Sampler
     sample_teacher      the m-step ODE solver with guidance, 25 steps as SVD is used
     decode              latents -> frames
+    Sheets              the pictures of a training run
     load_image, save_video, and the command line
 
 A sampler is a function of a network, a condition and noise levels. Noise is drawn on the CPU, one generator
