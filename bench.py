@@ -17,13 +17,14 @@ bytes that have to be moved (each input read once, each output written once) at 
 the same run. Of the networks: TFLOP are counted on the first call, and the share is that of a large bf16
 matrix product, measured in the same run.
 """
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,19 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import engine
+import evaluate
 import model
 import sampler
 import solver
 from discriminator import IMAGENET_MEAN, IMAGENET_STD, upsample_normalize
 
-# frames, latent height and width, output height and width
-SHAPES = {
-    "8 clips of 14 frames, 72x128 -> 518x518": (112, 72, 128, 518, 518),
-    "14 frames, 72x128 -> 224x224": (14, 72, 128, 224, 224),
-    "14 frames, 72x128 -> 518x518": (14, 72, 128, 518, 518),
-    "14 frames, 40x72 -> 518x518": (14, 40, 72, 518, 518),
-}
-SMALL = {"14 frames, 8x8 -> 42x42": (14, 8, 8, 42, 42)}
+# clips of 14 frames, latent height and width, output height and width
+SHAPES = [(8, 72, 128, 518, 518), (1, 72, 128, 224, 224), (1, 72, 128, 518, 518), (1, 40, 72, 518, 518)]
+SMALL = [(1, 8, 8, 42, 42)]
 
 
 def median_ms(fn, inputs, device, budget=0.3):
@@ -95,19 +92,17 @@ def eager(x, size, dtype):
     return ((F.interpolate(x, size, mode="bilinear") - mean) / std).to(dtype)
 
 
-def fused(x, size, dtype):
-    return upsample_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype)
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+relative = lambda a, b: ((a - b).norm() / b.norm()).item()
 
 
 def kernel(args):
     device, dtype = torch.device(args.device), torch.bfloat16
     bandwidth, rows = copy_bandwidth(device), []
-    for name, (n, h, w, height, width) in (SHAPES if device.type == "cuda" else SMALL).items():
-        size = (height, width)
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print(" " * 40 + "    forward of floor   backward of floor repeats    error  of grad")
+    for clips, h, w, height, width in SHAPES if device.type == "cuda" else SMALL:
+        name = f"{clips} clips of " * (clips > 1) + f"14 frames, {h}x{w} -> {height}x{width}"
+        n, size = 14 * clips, (height, width)
         bytes_moved = n * 3 * (height * width + h * w) * 2                      # bf16, either direction
         count = max(2, min(8, int(2e8 / bytes_moved)))                          # beyond any cache
         inputs = [torch.randn(n, 3, h, w, device=device, dtype=dtype).requires_grad_() for _ in range(count)]
@@ -115,36 +110,29 @@ def kernel(args):
         exact_x = inputs[0].detach()[:2].double().requires_grad_()
         exact = eager(exact_x, size, torch.float64)
         exact_gradient, = torch.autograd.grad(exact, exact_x, grads[0][:2].double())
+        fused = lambda x, size, dtype: upsample_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype)
         variants = {"eager": eager, "fused": fused}
         if device.type == "cuda":
             torch._dynamo.reset()
             variants["compiled"] = torch.compile(eager, dynamic=False)
         row = {"shape": name, "floor_ms": bytes_moved / bandwidth * 1e3}
+        print(f"{name:40}{row['floor_ms'] * 1e3:8.0f} us    floor", flush=True)
         for variant, fn in variants.items():
             def both(i):
                 return torch.autograd.grad(fn(inputs[i], size, dtype), inputs[i], grads[i])[0]
 
             forward = median_ms(lambda i: fn(inputs[i].detach(), size, dtype), list(range(count)), device)
             back = median_ms(both, list(range(count)), device) - forward
-            row[variant] = {
+            row[variant] = r = {
                 "forward_ms": forward, "forward_share": row["floor_ms"] / forward,
                 "backward_ms": back, "backward_share": row["floor_ms"] / back,
                 "repeatable": torch.equal(both(0), both(0)),
                 "error": relative(fn(inputs[0].detach(), size, dtype)[:2], exact),
                 "gradient_error": relative(both(0)[:2], exact_gradient)}
+            print(f"{variant:>40}{forward * 1e3:8.0f} us{r['forward_share']:9.0%}{back * 1e3:8.0f} us"
+                  f"{r['backward_share']:9.0%}{r['repeatable']!s:>8}{r['error']:9.1e}"
+                  f"{r['gradient_error']:9.1e}", flush=True)
         rows.append(row)
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    print(" " * 40 + "".join(f"{head:>{width}}" for head, width in (
-        ("forward", 11), ("of floor", 9), ("backward", 11), ("of floor", 9), ("repeats", 8), ("error", 9),
-        ("of grad", 9))))
-    for row in rows:
-        print(f"{row['shape']:40}{row['floor_ms'] * 1e3:8.0f} us    floor")
-        for variant in ("eager", "compiled", "fused"):
-            if variant in row:
-                r = row[variant]
-                print(f"{variant:>40}{r['forward_ms'] * 1e3:8.0f} us{r['forward_share']:9.0%}"
-                      f"{r['backward_ms'] * 1e3:8.0f} us{r['backward_share']:9.0%}{r['repeatable']!s:>8}"
-                      f"{r['error']:9.1e}{r['gradient_error']:9.1e}")
     return {"copy_bandwidth": bandwidth, "rows": rows}
 
 
@@ -188,23 +176,20 @@ def matmul_ceiling(device, dtype):
     """TFLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / median_ms(lambda _: a @ b, [None], device) / 1e9
+    ceiling = 2 * n ** 3 / median_ms(lambda _: a @ b, [None], device) / 1e9
+    print(f"matrix product {ceiling:.0f} TFLOP/s")
+    return ceiling
 
 
 def networks(args, device, dtype):
-    """UNet and VAE of SVD's size or the toy's, with random weights of a sensible scale, and their inputs."""
-    unet_config, vae_config, embed_dim = {}, {}, 1024
-    if args.size == "toy":
-        unet_config, vae_config = (
-            {k: v for k, v in model.read_json(sampler.TOY / part / "config.json").items() if k[0] != "_"}
-            for part in ("unet", "vae"))
-        embed_dim = unet_config["cross_attention_dim"]
+    """UNet and VAE of SVD's size, with random weights of a sensible scale, or the toy's, and their inputs."""
     with torch.device(device):
-        unet, vae = model.UNet(**unet_config).to(dtype).eval(), model.VAE(**vae_config).to(dtype).eval()
+        unet, vae = (model.load_unet(sampler.TOY), model.load_vae(sampler.TOY)) if args.size == "toy" \
+            else (model.UNet(), model.VAE())
         for net in (unet, vae):
-            net.requires_grad_(False)
+            net.to(device, dtype).eval().requires_grad_(False)
         b, f, h, w = args.batch_size, args.num_frames, args.height // 8, args.width // 8
-        cond = model.Cond(torch.randn(b, 1, embed_dim), torch.randn(b, f, 4, h, w),
+        cond = model.Cond(torch.randn(b, 1, unet.config["cross_attention_dim"]), torch.randn(b, f, 4, h, w),
                           torch.tensor([[6.0, 127.0, 0.02]]).repeat(b, 1))
     return unet, vae, cond
 
@@ -222,7 +207,7 @@ def theirs(unet, vae):
 
 
 def nets(args):
-    device, dtype, rows = torch.device(args.device), args.dtype, []
+    device, dtype = torch.device(args.device), args.dtype
     unet, vae, cond = networks(args, device, dtype)
     x = torch.cat([cond.image_latents] * 2, dim=2).to(dtype)                    # b f 8 h w
     c_noise = torch.full((args.batch_size,), 1.6, device=device)
@@ -248,23 +233,21 @@ def nets(args):
         if args.compile:
             for net in (unet, vae.encoder, vae.decoder):
                 net.compile(dynamic=False)
-        decode = partial(vae.decode, num_frames=f)
-        rows += [measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args),
-                 measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args),
-                 measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: decode(latents)), args),
-                 measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)]
+        yield measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args)
+        yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args)
+        yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args)
+        yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)
         if name.startswith("ours"):
             unet.set_checkpointing(True)
         else:
             unet.enable_gradient_checkpointing()
             unet.train()
-        rows.append(measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args))
-    return rows
+        yield measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args)
 
 
 def sample(args):
     """From an encoded condition to decoded frames."""
-    device, dtype, f, rows = torch.device(args.device), args.dtype, args.num_frames, []
+    device, dtype, f = torch.device(args.device), args.dtype, args.num_frames
     args.batch_size = 1
     unet, vae, cond = networks(args, device, dtype)
     if args.compile:
@@ -277,12 +260,11 @@ def sample(args):
         x0 = draw(unet, cond._replace(image_latents=latents), sigmas, torch.Generator().manual_seed(0))
         return sampler.decode(vae, x0, args.decode_chunk_size)
 
-    teacher = partial(sampler.sample_teacher, guidance=(1.0, 3.0))
-    travel = partial(sampler.sample, tts=True)
-    for name, draw, k in (("1 step", sampler.sample, 1), ("1 step + TTS", travel, 2),
-                          ("25 guided", teacher, 25)):
-        rows.append(measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
-                            torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args))
+    for name, draw, k in (("1 step", sampler.sample, 1),
+                          ("1 step + TTS", partial(sampler.sample, tts=True), 2),
+                          ("25 guided", partial(sampler.sample_teacher, guidance=(1.0, 3.0)), 25)):
+        yield measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
+                      torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args)
     if args.diffusers:
         from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
         scheduler = EulerDiscreteScheduler(
@@ -296,12 +278,16 @@ def sample(args):
         for k, high in ((1, 1.0), (25, 3.0)):
             given = embeds if k == 1 else torch.cat([torch.zeros_like(embeds), embeds])
             pipe._encode_image = lambda *_, given=given: given
-            rows.append(measure(
+            yield measure(
                 f"diffusers: image to frames, {k} step{'s guided' * (k > 1)}", lambda k=k, high=high: pipe(
                     image, args.height, args.width, f, num_inference_steps=k, min_guidance_scale=1.0,
                     max_guidance_scale=high, output_type="pt",
-                    decode_chunk_size=args.decode_chunk_size or f), args))
-    return rows
+                    decode_chunk_size=args.decode_chunk_size or f), args)
+
+
+def tell(what, **figures):
+    print({"what": what, **figures}, flush=True)
+    return {"what": what, **figures}
 
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -319,7 +305,6 @@ def random_pipeline(folder, args):
         projection_dim=1024, hidden_act="gelu")).half().save_pretrained(folder / "image_encoder")
     Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)).save_pretrained(
         folder / "dinov2")
-    (folder / "videos").mkdir()
     for i in range(4):
         noise = F.interpolate(torch.rand(60, 3, args.height // 8, args.width // 8), scale_factor=8)  # f 3 H W
         sampler.save_video(noise * 2 - 1, folder / "videos" / f"{i}.mp4", 24)
@@ -329,7 +314,6 @@ def train(args):
     """Iterations of the scripts themselves, one clip per process."""
     stages = [(1, kind, args.width, args.height) for kind in ("latent", "subpixel", "pixel", "unet")]
     stages.append((2, "latent", min(576, args.width), min(320, args.height)))
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder, pipeline = Path(folder), sampler.TOY
         common = ["--preset", "toy_cpu", "--num_clips", "8"]
@@ -348,16 +332,13 @@ def train(args):
                 command += ["--stage1", "none"]
             run = subprocess.run(list(map(str, command)), capture_output=True, text=True,
                                  cwd=Path(__file__).parent)
-            row = {"what": f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs"}
             if run.returncode:
-                row["error"] = run.stderr.strip().splitlines()[-1]
+                figures = {"error": run.stderr.strip().splitlines()[-1]}
             else:
                 last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-                row |= {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
-                        "memory_gib": last["memory_gb"] * 1e9 / 2**30}
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+                figures = {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
+                           "memory_gib": last["memory_gb"] * 1e9 / 2**30}
+            yield tell(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs", **figures)
 
 
 # ---- videos ---------------------------------------------------------------------------------------------
@@ -366,7 +347,6 @@ def train(args):
 def videos(args, seconds=6, count=16):
     """Clips per second and process from 1080p H.264 at 30 frames a second, random places; a large list."""
     import av
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         pattern = F.interpolate(255 * torch.rand(1, 3, 27, 48), (1080, 1920), mode="bilinear")[0]
@@ -377,9 +357,8 @@ def videos(args, seconds=6, count=16):
         with av.open(str(folder / "video.mp4")) as container:
             container.streams.video[0].codec_context.thread_count = 1
             count_all = sum(1 for _ in container.decode(video=0))
-        rows.append({"what": "1080p H.264, plain decode from beginning to end, one thread",
-                     "frames_per_s": count_all / (time.perf_counter() - before)})
-        print(rows[-1], flush=True)
+        yield tell("1080p H.264, plain decode from beginning to end, one thread",
+                   frames_per_s=count_all / (time.perf_counter() - before))
         for width, height in ((576, 320), (1024, 576)):
             clips = data.Clips(data.open_files(folder), 0, args.num_frames, width, height, workers=1)
             clips.clip(0)                                           # starts the process
@@ -388,26 +367,21 @@ def videos(args, seconds=6, count=16):
                 clips.clip(number)
             per_second = count / (time.perf_counter() - before)
             latent = args.num_frames * 4 * (height // 8) * (width // 8) * 2
-            rows.append({"what": f"1080p H.264 -> {args.num_frames} frames of {width}x{height}",
-                         "clips_per_s_and_process": per_second,
-                         "encoded_mb_per_1000_clips": latent * (1 + 1 / args.num_frames) / 1e3})
-            print(rows[-1], flush=True)
+            yield tell(f"1080p H.264 -> {args.num_frames} frames of {width}x{height}",
+                       clips_per_s_and_process=per_second,
+                       encoded_mb_per_1000_clips=latent * (1 + 1 / args.num_frames) / 1e3)
         with open(folder / "list.csv", "w") as file:
             file.write("video,caption,motion score\n")
             file.writelines(f"clip_{i}.mp4,{'some words ' * 50},{i % 20}\n" for i in range(1_000_000))
         before = time.perf_counter()
         files = data.open_files(folder / "list.csv", [("motion score", 2, 20)])
         seconds = time.perf_counter() - before
-        rows.append({"what": f"list of 1,000,000 rows, {len(files):,d} left", "s": seconds})
-        print(rows[-1], flush=True)
-    return rows
+        yield tell(f"list of 1,000,000 rows, {len(files):,d} left", s=seconds)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Measure speed and memory: the fused kernel, the networks, sampling, training, videos.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = engine.fail
+    parser = engine.command_line(
+        "Measure speed and memory: the fused kernel, the networks, sampling, training, videos.")
     flag = parser.add_argument
     parts = {"kernel": kernel, "nets": nets, "sample": sample, "train": train, "videos": videos}
     flag("what", nargs="+", choices=[*parts, "all"], help="one or several, see the top of this file")
@@ -430,22 +404,13 @@ def main():
     args.width, args.height = (side or default for side, default in zip(
         (args.width, args.height), (128, 128) if args.size == "toy" else (1024, 576)))
     args.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if args.diffusers:
-        try:
-            import diffusers
-        except ImportError:
-            args.diffusers = False
-    args.ceiling = None
-    if {"nets", "sample", "all"} & {*args.what}:
-        args.ceiling = matmul_ceiling(device, args.dtype)
-        print(f"matrix product {args.ceiling:.0f} TFLOP/s")
-    result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else args.device,
-              "torch": torch.__version__, "diffusers": diffusers.__version__ if args.diffusers else None,
+    args.diffusers = args.diffusers and find_spec("diffusers") is not None
+    args.ceiling = matmul_ceiling(device, args.dtype) if {"nets", "sample", "all"} & {*args.what} else None
+    result = {**evaluate.record(args), "diffusers": version("diffusers") if args.diffusers else None,
               "matmul_tflops_per_s": args.ceiling}
     for name, function in parts.items():
         if name in args.what or "all" in args.what:
-            result[name] = function(args)
+            result[name] = function(args) if name == "kernel" else list(function(args))
             if args.report:                                         # what is done is on the disk
                 model.write_json(args.report, result)
 

@@ -1,6 +1,7 @@
 """The image encoder of SVD: CLIP's vision transformer (arXiv 2103.00020) and its projection.
 
     CLIPVision      normalised pixels -> one embedding a picture, what the UNet's cross-attention looks at
+    clip_pixels     frames -> such pixels
 
 It computes what transformers' CLIPVisionModelWithProjection does, under the same names, so files of one load
 into the other and a test holds the two together. To import the other takes longer than to make a toy video.
@@ -12,6 +13,9 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * (1.702 * x).sigmoid()}
 
 
@@ -58,3 +62,22 @@ class CLIPVision(nn.Module):
         x = torch.cat((start.class_embedding.expand(len(pixels), 1, -1), patches), dim=1)       # b s c
         x = net.encoder.layers(net.pre_layrnorm(x + start.position_embedding.weight))[:, 0]     # b c
         return self.visual_projection(net.post_layernorm(x))
+
+
+def clip_pixels(images):
+    """images [n 3 H W] in [-1, 1] -> the image encoder's input [n 3 224 224].
+
+    SVD's own resize: the whole image squashed to a square, after a Gaussian blur with standard deviation
+    (factor - 1) / 2 per axis against aliasing, by bicubic interpolation with aligned corners.
+    """
+    for _ in range(2):                                                          # along rows, then columns
+        std = max((images.shape[3] / CLIP_SIZE - 1) / 2, 0.001)
+        taps = int(max(4 * std, 3)) // 2 * 2 + 1
+        offset = torch.arange(taps, device=images.device, dtype=images.dtype) - taps // 2
+        kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0).repeat(3, 1, 1, 1)    # 3 1 1 taps
+        padded = F.pad(images, (taps // 2, taps // 2, 0, 0), mode="reflect")
+        images = F.conv2d(padded, kernel, groups=3).transpose(2, 3)             # n 3 W H, then n 3 H W
+    images = F.interpolate(images, (CLIP_SIZE, CLIP_SIZE), mode="bicubic", align_corners=True)
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1)
+                 for v in (CLIP_MEAN, CLIP_STD))
+    return ((images + 1) / 2 - mean) / std                                      # n 3 224 224

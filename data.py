@@ -8,7 +8,7 @@ is what the paper is about.
 
     toy_clips(seed, indices)  ->  ToyClips: frames, motion buckets, what is in the scene, where the shapes are
     toy_latents(...)          ->  Latents: the same clips encoded once, as training takes them
-    contact_sheet(frames)     ->  one picture, a row of frames per clip
+    contact_sheet(frames)     ->  one picture, a row of frames per clip; save_sheet writes it
 
 A clip is a pure function of (seed, index): no state, the same on every device and in any split into batches.
 To look at the first eight clips:
@@ -29,7 +29,6 @@ processes that may die: a bad file costs that file.
 Numbers count on through all epochs. Which file clip `number` is, from where, mirrored or not and with which
 noise is a function of (seed, number): the position in the data is one integer, on any number of processes.
 """
-import argparse
 import csv
 import hashlib
 import json
@@ -268,6 +267,14 @@ def contact_sheet(frames: Tensor, gap: int = 2) -> Tensor:
     return rearrange((sheet * 127.5 + 127.5).round().byte(), "c h w -> h w c")
 
 
+def save_sheet(clips, file, shrink=1):
+    """contact_sheet as a picture, .jpg or else .png. The file appears whole or not at all."""
+    from PIL import Image
+    with model.replacing(file) as part:
+        sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)
+        sheet.save(part, "JPEG" if file.suffix == ".jpg" else "PNG", quality=90)
+
+
 # ---- Videos: which files --------------------------------------------------------------------------------
 
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .gif".split())
@@ -501,7 +508,25 @@ def open_data(data, vae, image_encoder, seed, num_frames, width, height, *, num_
     return latents
 
 
+def open_training_data(args, vae, image_encoder, unet, share, rank):
+    """What a trainer's flags ask for, for a process that takes `share` clips of each batch -> what open_data
+    returns, and (x0, cond) of four clips to watch: of the toy world that nothing trains on, or other moments
+    of the videos."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    width, height = (side or 8 * unet.config["sample_size"] for side in (args.width, args.height))
+    how = dict(num_frames=unet.config["num_frames"], width=width, height=height, where=args.where,
+               motion_bucket_id=args.motion_bucket_id, fps=args.fps, flip=args.flip, workers=args.workers,
+               share=share, batch_size=args.batch_size)
+    latents = open_data(args.data, vae, image_encoder, args.seed, num_clips=args.num_clips,
+                        skip_list=args.output_dir / f"skipped-{rank}.jsonl", **how)
+    shown = open_data(args.data, vae, image_encoder, args.seed + HELD_OUT, num_clips=4, **how)
+    return latents, shown.take(torch.arange(4))
+
+
 # ---- Commands -------------------------------------------------------------------------------------------
+
+
+digest = lambda content: hashlib.sha256(content).hexdigest()
 
 
 def open_clips(args, **options):
@@ -533,10 +558,9 @@ def check(args, out):
 
 def preview(args, out):
     """draws the first clips as a trainer will see them, a row for each"""
-    from PIL import Image
     frames, facts = zip(*map(open_clips(args).clip, range(args.num_clips or 8)))
     frames = rearrange(torch.stack(frames), "n f h w c -> n f c h w") / 127.5 - 1
-    Image.fromarray(contact_sheet(frames).numpy()).save(out, "PNG")
+    save_sheet(frames, out)
     print(*map(json.dumps, facts), f"wrote {out}", sep="\n")
 
 
@@ -572,16 +596,10 @@ def encode(args, out):
         print(f"wrote {out}: {count} clips, {sum(shard.stat().st_size for shard in shards) / 1e9:.3g} GB")
 
 
-def digest(content):
-    return hashlib.sha256(content).hexdigest()
-
-
 def main():
     commands = {"check": (check, "good.jsonl"), "preview": (preview, "sheet.png"),
                 "encode": (encode, "shards")}
-    parser = argparse.ArgumentParser(description="Videos for training.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = engine.fail
+    parser = engine.command_line("Videos for training.")
     flag = parser.add_argument
     flag("command", choices=commands, help="; ".join(f"{k} {commands[k][0].__doc__}" for k in commands))
     flag("data", help="a folder of videos, or a .csv or .jsonl list of paths; check: shards, too")
@@ -604,10 +622,8 @@ def main():
         if type(value) is int and (value < 1 and name != "seed" or value % 8 and name in ("width", "height")):
             parser.error(f"--{name} {value}: must be positive, and sizes multiples of 8")
     function, out = commands[args.command]
-    try:
+    with engine.refusing():
         function(args, args.out or Path(out))
-    except (model.ModelError, OSError) as problem:
-        parser.error(str(problem))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
         subpixel            the same through a sub-pixel convolution (version 2 of the paper, Appendix D)
         pixel               frames decoded by the VAE, as in ADD (arXiv 2311.17042)
     UNetFeatures            frozen encoder of the diffusion UNet, as in SF-V (arXiv 2406.04324): kind `unet`
+    load_features           one of these, by its kind
     Discriminator           features and a pair of heads per level: latents [b f c h w] -> logits [b k]
 
 OSV, arXiv 2409.11367, section 4.1 and Figs. 3 and 4. A spatial head sees no motion and a temporal head no
@@ -22,15 +23,9 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from model import ModelError
-from norm import GroupNorm
+from model import ModelError, load_unet
+from norm import GroupNorm, tl, triton  # None where there is no Triton
 from solver import precondition
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                                 # not on this platform: the PyTorch expression does it all
-    triton = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOY_DINO = Path(__file__).resolve().parent / "assets" / "toy" / "dinov2"
@@ -340,6 +335,16 @@ class UNetFeatures(nn.Module):
         x = torch.cat([x, cond.image_latents.to(x.dtype)], dim=2)                               # b f 2c h w
         outputs, _, _ = self.backbone.encode(x, c.c_noise.flatten(), cond.image_embeds, cond.time_ids)
         return [outputs[i] for i in self.levels]
+
+
+def load_features(kind, path, dino, vae):
+    """What a discriminator of this kind looks at, as precise as `vae` and where it is. path: the pipeline's
+    folder or hub id; dino: DINOv2's, or None for the one inside. Raises ModelError."""
+    weight = vae.quant_conv.weight
+    if kind == "unet":
+        return UNetFeatures(load_unet(path, dtype=weight.dtype, device=weight.device))
+    backbone = load_dino(dino or Path(path) / "dinov2").to(weight.device, weight.dtype)
+    return DinoFeatures(backbone, kind, vae=vae if kind == "pixel" else None)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     start_world, end_world              torch.distributed under torchrun, or one plain process
     all_mean, any_rank                  what the processes tell each other
-    fail, positive                      one line and exit status 2; the type of flags that count
+    fail, refusing                      one line and exit status 2: how every bad input ends
+    command_line, training_flags        flags, and those of both stages; start_training reads them
     normal                              noise as a pure function of (seed, clip number): any split, any resume
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     swapped, update_ema                 one network in three roles, one of them an average
@@ -10,7 +11,8 @@
     recorder                            a GPU's work of a step in one launch, for networks that are small
     collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
-    rewind                              what an earlier run wrote after the starting step goes
+    resume, rewind                      goes on from the last; what was written after it goes
+    publish                             what a run leaves: to stage 2, to the sampler
     Log                                 one line per interval, metrics.jsonl, TensorBoard if it is installed
 
     $ python engine.py out/stage1/metrics.jsonl plot.png        # draws what was logged
@@ -22,7 +24,8 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,20 +65,25 @@ def start_world(device=None):
     return World(rank, size, device, any_rank(int(restarts), device))
 
 
+def average(tensor):
+    """The mean over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
 def all_mean(values):
     """The mean over all ranks of each scalar tensor in a dictionary, in one message -> {name: float}."""
     flat = torch.stack([value.detach().float() for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-    return dict(zip(values, flat.tolist()))
+    return dict(zip(values, average(flat).tolist()))
 
 
 def any_rank(flag, device):
     """True on all ranks if it is on one: what all have to do together is decided together."""
     if not dist.is_initialized():
         return bool(flag)
-    flag = torch.tensor(float(flag), device=device)
+    flag = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -112,15 +120,105 @@ def positive(text):
     return int(text)
 
 
-class StopSignal:
-    """SIGTERM asks to stop: the loop finishes its step, saves, and exits with status 0."""
+@contextmanager
+def refusing():
+    """What is wrong with the files that are opened inside ends the program like any other bad input."""
+    try:
+        yield
+    except (model.ModelError, OSError) as problem:
+        fail(str(problem))
 
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.ask)
 
-    def ask(self, number, frame):
-        self.asked = True
+def command_line(description, **settings):
+    """A parser of flags: help tells their defaults, and a bad one ends with one line."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+    parser.error = fail
+    return parser
+
+
+# What may change when a run goes on; all else of its configuration is that of its checkpoint.
+FREE = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
+        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
+        "cuda_graph")
+
+
+def training_flags(description, presets):
+    """A parser with the flags that both stages have. Those without a default get one from each preset."""
+    parser = command_line(description, add_help=False)
+    flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--preset", choices=presets, default="toy" if torch.cuda.is_available() else "toy_cpu",
+         help="a set of defaults for the flags below; flags win over it")
+    flag("--model", default=str(model.ASSETS / "toy"), help="the teacher: pipeline folder or hub id")
+    flag("--dino", default=None, help="DINOv2 folder or hub id (None: dinov2/ inside --model)")
+    flag("--max_train_steps", type=positive, help="steps in all, those before a resume included")
+    flag("--batch_size", type=positive, help="clips per step, over all processes")
+    flag("--gradient_accumulation_steps", type=positive, default=1,
+         help="parts that a process works its share off in")
+    flag("--data", default="toy",
+         help="toy, a folder or list of videos, or what `python data.py encode` wrote")
+    flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
+         help="of a list of videos, only the rows between these limits")
+    flag("--num_clips", type=positive, help="clips of the toy world to train on")
+    flag("--width", type=positive, help="of the clips (None: what the UNet was made for)")
+    flag("--height", type=positive, help="of the clips")
+    flag("--fps", type=positive, default=7, help="of the clips of videos")
+    flag("--motion_bucket_id", type=positive, help="of all clips of videos (None: measured on each)")
+    flag("--flip", action="store_true", help="mirror every second clip of videos")
+    flag("--workers", type=positive, default=4, help="processes that decode videos, for each that trains")
+    flag("--learning_rate", type=float, help="of the student")
+    flag("--lr_d", type=float, help="of the discriminator")
+    flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
+    flag("--lr_scheduler", choices=("constant", "cosine"), default="constant",
+         help="of both from there on; cosine: to 0 at --max_train_steps")
+    flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    flag("--lora_rank", type=positive, help="rank of the student's update")
+    flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections, too")
+    flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
+         help="what it sees")
+    flag("--heads", nargs="+", choices=("spatial", "temporal"), default=["spatial", "temporal"],
+         help="its heads")
+    flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
+    flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
+    flag("--gradient_checkpointing", action=on_off, default=False,
+         help="compute activations twice, keep none")
+    flag("--cuda_graph", action=on_off, default=False, help="record a step once and replay it: fast where "
+         "networks are small; not with parts or checkpointing")
+    flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
+         help="inside the networks")
+    flag("--seed", type=int, default=0, help="of everything drawn")
+    flag("--device", help="cuda or cpu (None: cuda if it is there)")
+    flag("--log_steps", type=positive, help="steps between log lines")
+    flag("--validation_steps", type=positive, help="steps between sample sheets")
+    flag("--validation_teacher_steps", type=positive, default=25, help="solver steps of the teacher there")
+    flag("--checkpointing_steps", type=positive, help="steps between checkpoints")
+    flag("--checkpoints_total_limit", type=positive, default=2, help="how many to keep")
+    flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
+    return parser
+
+
+def start_training(parser, presets):
+    """The flags that were given, with the defaults of --preset for the others, also in --help; and, now that
+    they are known to be good, the processes -> (args, world)."""
+    parser.set_defaults(**presets[parser.parse_known_args()[0].preset])
+    parser.add_argument("-h", "--help", action="help",
+                        help="show this, with the defaults of the --preset given, and exit")
+    args = parser.parse_args()
+    if not args.data:
+        parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
+    world = start_world(args.device)
+    if args.batch_size % (world.size * args.gradient_accumulation_steps):
+        parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
+                     f"{args.gradient_accumulation_steps} parts")
+    return args, world
+
+
+def stop_signal():
+    """A list that is empty until SIGTERM asks to stop: the loop finishes its step, saves and exits with
+    status 0."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    return asked
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -143,15 +241,15 @@ def normal(seed, numbers, stream, shape, device):
 
 
 class Weights:
-    """The trainable parameters of a network, by name, in fp32.
+    """The trainable parameters of a network, by name, in fp32. All others freeze.
 
     The network itself may compute in bf16, where an update of 1e-5 would be rounded away. So the optimiser
     moves fp32 masters, and `push` copies them into the network; `pull` brings its gradients back.
     """
 
     def __init__(self, net, names):
-        parameters = dict(net.named_parameters())
-        self.copies = {name: parameters[name] for name in names}
+        parameters = dict(net.requires_grad_(False).named_parameters())
+        self.copies = {name: parameters[name].requires_grad_() for name in names}
         self.masters = {
             name: torch.nn.Parameter(p.detach().float().clone()) for name, p in self.copies.items()}
 
@@ -200,10 +298,7 @@ def finite_step(optimizer, parameters, max_norm):
     roles in a step has no single forward for DDP's hooks to wait for.
     """
     parameters = list(parameters)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+    flat = average(torch.cat([p.grad.flatten() for p in parameters]))
     norm = flat.norm()
     stepped = bool(norm.isfinite())                 # the one place where a step waits for the device
     if stepped:
@@ -362,6 +457,31 @@ def load_checkpoint(folder, which, config, restarted=False):
     return None
 
 
+def resume(args, world, groups, optimizers):
+    """Goes on where the run in --output_dir stopped, or from the checkpoint that was asked for: puts in what
+    evolves, see collect -> (its step or 0, the configuration that the next checkpoints belong to)."""
+    config = {key: value for key, value in vars(args).items() if key not in FREE} | {"world_size": world.size}
+    with refusing():
+        found = load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
+    step, tensors = found or (0, None)
+    if found:
+        restore(groups, optimizers, tensors)
+    if world.rank == 0:
+        rewind(args.output_dir, step)
+    return step, config
+
+
+def publish(folder, net, weights, judge, lora):
+    """What stage 2 and the sampler take: the weights that trained, the discriminator's tensors, and the whole
+    UNet; of one that trained by LoRA alone that update, too, for diffusers and PEFT."""
+    model.write_safetensors(folder / "student.safetensors", weights.tensors())
+    model.write_safetensors(folder / "disc.safetensors", judge)
+    if lora:
+        model.save_lora(net, folder)
+    model.save_unet(model.merge_lora(net), folder / "merged", torch.float16)
+    print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
+
+
 def rewind(folder, step):
     """Removes what an earlier run wrote after `step`: no `latest` shall find its checkpoints, and the steps
     done again are told once in metrics.jsonl. Half-written checkpoints go too."""
@@ -379,21 +499,31 @@ def rewind(folder, step):
 
 
 class Log:
-    """One line per interval on the terminal, the same as JSON in metrics.jsonl. Rank 0 only."""
+    """One line per interval on the terminal, the same as JSON in metrics.jsonl: means over its steps and over
+    all ranks, and how fast they were. Rank 0 writes."""
 
-    def __init__(self, folder, world, step):
+    def __init__(self, folder, world, step, batch_size):
         self.world, self.file, self.board = world, folder / "metrics.jsonl", None
+        self.clock, self.step, self.batch_size, self.totals = time.perf_counter(), step, batch_size, {}
         if world.rank:
             return
-        try:
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        except ImportError:
-            pass
 
-    def __call__(self, step, values):
+    def add(self, weight=1, **values):
+        """Scalar tensors of a step, or of a part of it that counts `weight`."""
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0) + value * weight
+
+    def write(self, step, **more):
+        values = all_mean({name: total / (step - self.step) for name, total in self.totals.items()})
+        seconds = (time.perf_counter() - self.clock) / (step - self.step)
+        self.clock, self.step, self.totals = time.perf_counter(), step, {}
         if self.world.rank:
             return
+        values |= {"s_per_step": seconds, "clips_per_s": self.batch_size / seconds, **more}
+        values["memory_gb"] = peak_memory(self.world.device)
         print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()), flush=True)
         with open(self.file, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -415,31 +545,44 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
 
 
-def plot(metrics, out, width=360, height=200):
+LINE_COLOURS = "royalblue", "seagreen", "darkorange", "crimson", "purple"
+
+
+def draw_chart(image, box, title, lines):
+    """Lines through points (x, y, label), each in a colour of its own, as large as the box allows: its left,
+    top, right and bottom in a PIL image. The title is above it. A point with a label is a dot."""
+    from PIL import ImageDraw
+    draw, (left, top, right, bottom) = ImageDraw.Draw(image), box
+    xs, ys = ([point[i] for points in lines for point in points] for i in (0, 1))
+    across, up = (right - left) / (max(xs) - min(xs) or 1), (bottom - top) / (max(ys) - min(ys) or 1)
+    draw.rectangle(box, outline="lightgrey")
+    draw.text((left, top - 18), title, "black")
+    for points, colour in zip(lines, LINE_COLOURS):
+        places = [(left + across * (x - min(xs)), bottom - up * (y - min(ys))) for x, y, _ in points]
+        draw.line(places if len(places) > 1 else places * 2, colour, 2)
+        for (x, y), (_, _, label) in zip(places, points):
+            if label:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+                draw.text((x + 5, y + 2), label, colour)
+
+
+def plot(metrics, out, width=360, height=200, columns=3):
     """Draws each number of a metrics.jsonl against the step, a panel each, into a PNG."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
     rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     names = [name for name in rows[0] if name != "step"]
-    columns = 3
     sheet = Image.new("RGB", (columns * width, math.ceil(len(names) / columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(names):
-        points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        if not points:
-            continue
-        left, top = n % columns * width + 12, n // columns * height + 24
-        low, high = min(v for _, v in points), max(v for _, v in points)
-        first, last = points[0][0], points[-1][0]
-        line = [(left + (width - 24) * (s - first) / max(1, last - first),
-                 top + (height - 40) * (1 - (v - low) / (high - low or 1))) for s, v in points]
-        draw.rectangle((left, top, left + width - 24, top + height - 40), outline="lightgrey")
-        draw.text((left, top - 18), f"{name}  {low:.4g} to {high:.4g}, steps {first} to {last}", "black")
-        draw.line(line if len(line) > 1 else line * 2, "royalblue", 2)
+        points = [(row["step"], row[name], "") for row in rows if math.isfinite(row.get(name, math.nan))]
+        if points:
+            steps, values, _ = zip(*points)
+            title = f"{name}  {min(values):.4g} to {max(values):.4g}, steps {steps[0]} to {steps[-1]}"
+            left, top = n % columns * width + 12, n // columns * height + 24
+            draw_chart(sheet, (left, top, left + width - 24, top + height - 40), title, [points])
     sheet.save(out)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
-        print("engine.py: usage: python engine.py METRICS.jsonl OUT.png", file=sys.stderr)
-        sys.exit(2)
+        fail("usage: python engine.py METRICS.jsonl OUT.png")
     plot(*sys.argv[1:])

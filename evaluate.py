@@ -20,7 +20,6 @@ train_toy.py trains on what a scene shows and how it moves; that distance is cal
 different detectors, or of other numbers of clips, do not compare, so each comes with its protocol.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -39,9 +38,11 @@ from torch.nn import functional as F
 
 import data
 import engine
+import losses
 import model
 import sampler
 import solver
+from discriminator import DinoFeatures, Discriminator, load_dino
 
 # ---- The detector ---------------------------------------------------------------------------------------
 
@@ -97,12 +98,8 @@ def load_detector(path, device="cpu"):
             path = hf_hub_download(*I3D)
         if not Path(path).is_dir():
             return torch.jit.load(os.fspath(path), map_location=device).eval()
-        config = model.read_json(Path(path) / "config.json")
-        detector = VideoClassifier(**{key: value for key, value in config.items() if not key.startswith("_")})
-        tensors = dict(model.read_safetensors([Path(path) / "model.safetensors"]))
-        detector.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
-        return detector.to(device).eval()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:                 # of hub, file or contents
+        return model.load_network(VideoClassifier, Path(path), None, torch.float32, device)
+    except (OSError, RuntimeError, ValueError) as error:                            # of hub, file or contents
         raise model.ModelError(f"{path}: cannot be loaded as a detector ({error})") from error
 
 
@@ -142,8 +139,7 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     is biased upwards for few clips: compare only distances of equal n.
     """
     real, fake = features_real.detach().double().cpu(), features_fake.detach().double().cpu()       # n d
-    cov_real, cov_fake = torch.cov(real.T, correction=1), torch.cov(fake.T, correction=1)           # d d
-    cov_real, cov_fake = torch.atleast_2d(cov_real), torch.atleast_2d(cov_fake)
+    cov_real, cov_fake = (torch.atleast_2d(torch.cov(x.T, correction=1)) for x in (real, fake))     # d d
     values, vectors = torch.linalg.eigh(cov_real)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                                         # d d
     overlap = torch.linalg.eigvalsh(root @ cov_fake @ root).clamp(min=0).sqrt().sum()
@@ -281,9 +277,6 @@ def heads_table(args):
     world from two kinds of fakes: the teacher's blurred one-step samples, and real clips with their frames
     shuffled, each frame of which is real. Hinge loss and accuracy on held-out clips; knowing nothing gives 2
     and 50 %."""
-    import losses
-    import solver
-    from discriminator import DinoFeatures, Discriminator, load_dino
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
     vae, image_encoder, unet = (load(args.model, dtype=dtype, device=device) for load in (
         model.load_vae, model.load_image_encoder, model.load_unet))
@@ -351,16 +344,13 @@ RUNS = {
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
 # the same pictures are as near as one can come: the distance between two sets of clips is never 0.
 FLOOR = ("real", "other futures", None)
-SHIPPED = [
-    FLOOR, ("teacher", "25", None), ("teacher", "8", None), ("teacher", "2", None), ("teacher", "1", None),
-    ("shipped", "1", None), ("shipped", "tts", None), ("shipped", "2", None),
-    ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
+SHIPPED = [FLOOR, *(("teacher", name, None) for name in ("25", "8", "2", "1")),
+           *(("shipped", name, None) for name in ("1", "tts", "2", "tts printed", "tts v1"))]
 TABLE1 = [
-    FLOOR,
-    ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25), ("teacher", "1", 1177.34),
-    ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80), ("AnimateLCM", "2", 575.33),
-    ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ("osv", "1", 335.36), ("osv", "tts", 171.15),
-    ("osv", "2", 181.95)]
+    FLOOR, ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25),
+    ("teacher", "1", 1177.34), ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
+    ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68),
+    ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)]
 TABLE2 = {
     "a": [("m = 1", "tts", 332.25), ("osv", "tts", 171.15)],
     "b": [("stage 2 only", "tts", 221.75), ("osv", "tts", 171.15)],
@@ -420,8 +410,6 @@ def trained(run, seed, args):
 def compare(rows, args):
     """Each row of a table, for each training seed -> JSON, with the protocol, and beside it a picture of the
     first clips: real, then the rows."""
-    from PIL import Image
-
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae, image_encoder, teacher = (load(args.model, dtype=dtype, device=device) for load in (
@@ -446,20 +434,16 @@ def compare(rows, args):
         return clips.frames, 0
 
     results, shown = [], [reference.frames[:3]]
-    for run, name, paper in rows:
+    for run, name, paper in rows if args.data == "toy" else [row for row in rows if row != FLOOR]:
         for seed in args.seeds if run in RUNS else args.seeds[:1]:
-            net, seconds, steps, nfe = teacher, None, 0, 0
+            net, seconds, steps, nfe, generate = teacher, None, 0, 0, other_futures
+            student = sampler.STUDENT if run == "shipped" else run
             if run in RUNS:
-                folder, seconds = trained(run, seed, args)
+                student, seconds = trained(run, seed, args)
             if run not in ("teacher", "real"):
                 net = model.load_unet(args.model, dtype=dtype, device=device)
-                student = folder if run in RUNS else sampler.STUDENT if run == "shipped" else run
                 net = model.load_student(student, net)
-            if run == "real":
-                if args.data != "toy":
-                    continue
-                generate = other_futures
-            else:
+            if run != "real":
                 steps, nfe, draw = how(name, run == "teacher", tuple(args.guidance))
                 generate = by_sampler(partial(draw, net), vae, reference, device)
             frames, figures = measure(generate, detector, reference, args.seed, args.batch_size)
@@ -473,8 +457,7 @@ def compare(rows, args):
             if args.report:                             # what is done is on the disk
                 model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})
                 sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1     # (n rows) f 3 H W
-                sheet = Image.fromarray(data.contact_sheet(sheet).numpy()).reduce(2)
-                sheet.save(args.report.with_suffix(".jpg"), quality=90)
+                data.save_sheet(sheet, args.report.with_suffix(".jpg"), shrink=2)
     return {"protocol": protocol, "rows": results}
 
 
@@ -513,25 +496,15 @@ def markdown(result):
 
 def plot(rows, out, width=640, height=360, margin=48):
     """FVD against network evaluations into a PNG, both axes logarithmic, a line per model."""
-    from PIL import Image, ImageDraw
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    rows = sorted((row for row in rows if row["seed"] == rows[0]["seed"]), key=lambda row: row["nfe"])
-    nfe, fvd = ([math.log(row[key]) for row in rows] for key in ("nfe", "fvd"))
-    right = (width - 4 * margin) / (max(nfe) - min(nfe) or 1)
-    up = (height - 2 * margin) / (max(fvd) - min(fvd) or 1)
+    from PIL import Image
     lines = {}
-    for row, x, y in zip(rows, nfe, fvd):
-        place = margin + right * (x - min(nfe)), height - margin - up * (y - min(fvd))
-        lines.setdefault(row["run"], []).append((place, f"{row['run']} {row['sampler']}: {row['fvd']:.0f}"))
-    colours = "royalblue", "seagreen", "darkorange", "crimson", "purple"
-    for points, colour in zip(lines.values(), colours):
-        draw.line([place for place, _ in points], colour, 2)
-        for (x, y), label in points:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-            draw.text((x + 5, y - 12), label, colour)
-    draw.text((margin, height - 20), "network evaluations (log)", "black")
-    draw.text((4, 4), "toy-FVD (log)", "black")
+    for row in sorted(rows, key=lambda row: row["nfe"]):
+        if row["seed"] == rows[0]["seed"] and row["nfe"]:               # real clips need none
+            label = f"{row['run']} {row['sampler']}: {row['fvd']:.0f}"
+            lines.setdefault(row["run"], []).append((math.log(row["nfe"]), math.log(row["fvd"]), label))
+    image = Image.new("RGB", (width, height), "white")
+    engine.draw_chart(image, (margin, margin, width - 3 * margin, height - margin),
+                      "toy-FVD over network evaluations, both logarithmic", list(lines.values()))
     image.save(out)
 
 
@@ -544,9 +517,7 @@ def record(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Measure quality.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = engine.fail
+    parser = engine.command_line("Measure quality.")
     flag = parser.add_argument
     flag("what", choices=["fvd", "student", "table1", "table2", "heads", "readme"],
          help="see the top of this file")
@@ -581,19 +552,12 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    try:
+    rows = {"fvd": [(args.student or "teacher", args.sampler, None)], "student": SHIPPED, "table1": TABLE1,
+            "table2": [FLOOR, *(row for name in args.rows for row in TABLE2[name])]}
+    with engine.refusing():
         if args.what == "readme":
             return readme()
-        if args.what == "heads":
-            result = heads_table(args)
-        elif args.what == "fvd":
-            result = compare([(args.student or "teacher", args.sampler, None)], args)
-        elif args.what in ("student", "table1"):
-            result = compare({"student": SHIPPED, "table1": TABLE1}[args.what], args)
-        else:
-            result = compare([FLOOR, *(row for name in args.rows for row in TABLE2[name])], args)
-    except model.ModelError as problem:
-        engine.fail(str(problem))
+        result = heads_table(args) if args.what == "heads" else compare(rows[args.what], args)
     if args.report:
         model.write_json(args.report, {**record(args), **result})
 

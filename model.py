@@ -37,15 +37,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip import CLIPVision
+from clip import CLIPVision, clip_pixels
 from norm import GroupNorm, GroupNormSiLU, LayerNorm, frame_attention, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-CLIP_SIZE = 224                                    # the resolution of SVD's image encoder
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)    # openai/clip-vit-base-patch32, preprocessor_config.json
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
-FOLD_UPSAMPLING = False                            # see Upsample
 PIXELS_AT_ONCE = 2 ** 21                           # of frames that the VAE's decoder enlarges together
 SVD = "stabilityai/stable-video-diffusion-img2vid"
 STABILITY = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "input_blocks.")   # and its keys
@@ -64,11 +60,10 @@ class ModelError(ValueError):
 def channels_last(net):
     """Where there is a GPU: the channels of all convolutions' weights go last in memory. A convolution's
     output follows its weight, and all else here follows its input: this sets the layout of the network."""
-    if not torch.cuda.is_available():
-        return
-    for weight in net.parameters():
-        if weight.ndim > 3:
-            weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
+    if torch.cuda.is_available():
+        for weight in net.parameters():
+            if weight.ndim > 3:
+                weight.data = weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def sinusoid(x, dim):
@@ -233,19 +228,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution. Of its nine taps those that fall on the same small
-    pixel can be added up beforehand, at most four are left: a transposed 4x4 convolution with stride 2, which
-    needs no enlarged copy of x."""
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):                                                       # n c h w
-        if FOLD_UPSAMPLING and type(self.conv) is nn.Conv2d:                    # not one with LoRA
-            h = F.conv_transpose2d(x, self.folded(), stride=2, padding=1)
-        else:
-            h = without_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        h = without_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return residual(None, h, self.conv.bias)                                # n c 2h 2w
+
+
+class FoldedUpsample(Upsample):
+    """The same for the VAE, in a third of the time: of the nine taps those that fall on the same small pixel
+    are added up beforehand, at most four are left. That is a transposed 4x4 convolution with stride 2, which
+    needs no enlarged copy of x. It takes the weight as it is: no LoRA beside it would be seen."""
+
+    def forward(self, x):                                                       # n c h w
+        h = F.conv_transpose2d(x, self.folded(), stride=2, padding=1)
         return residual(None, h, self.conv.bias)                                # n c 2h 2w
 
     def folded(self):
@@ -575,7 +575,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
             resnets = [block(c_out if j else c, c_out) for j in range(num_layers + 1)]
-            self.up_blocks.append(VAELevel(resnets, up=[Upsample(c_out)] if i < len(channels) else []))
+            self.up_blocks.append(VAELevel(resnets, up=[FoldedUpsample(c_out)] if i < len(channels) else []))
         self.conv_norm_out = GroupNormSiLU(NORM_GROUPS, channels[-1], 1e-6)
         self.conv_out = nn.Conv2d(channels[-1], c_image, 3, padding=1)
         self.time_conv_out = TemporalConv(c_image, c_image)
@@ -653,25 +653,6 @@ def unconditional(cond):
     """The same clip without its image: zero embedding and zero latents, as in SVD's training dropout."""
     return cond._replace(image_embeds=torch.zeros_like(cond.image_embeds),
                          image_latents=torch.zeros_like(cond.image_latents))
-
-
-def clip_pixels(images):
-    """images [n 3 H W] in [-1, 1] -> the image encoder's input [n 3 224 224].
-
-    SVD's own resize: the whole image squashed to a square, after a Gaussian blur with standard deviation
-    (factor - 1) / 2 per axis against aliasing, by bicubic interpolation with aligned corners.
-    """
-    for _ in range(2):                                                          # along rows, then columns
-        std = max((images.shape[3] / CLIP_SIZE - 1) / 2, 0.001)
-        taps = int(max(4 * std, 3)) // 2 * 2 + 1
-        offset = torch.arange(taps, device=images.device, dtype=images.dtype) - taps // 2
-        kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0).repeat(3, 1, 1, 1)    # 3 1 1 taps
-        padded = F.pad(images, (taps // 2, taps // 2, 0, 0), mode="reflect")
-        images = F.conv2d(padded, kernel, groups=3).transpose(2, 3)             # n 3 W H, then n 3 H W
-    images = F.interpolate(images, (CLIP_SIZE, CLIP_SIZE), mode="bicubic", align_corners=True)
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1)
-                 for v in (CLIP_MEAN, CLIP_STD))
-    return ((images + 1) / 2 - mean) / std                                      # n 3 224 224
 
 
 def embed_image(image_encoder, images):
@@ -780,12 +761,11 @@ def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
     if lora_layers(unet):
         raise ModelError("the network has LoRA layers already: merge_lora them first")
     unet.requires_grad_(False)
-    paths = [path for path, layer in unet.named_modules()
-             if type(layer) in LORA_LAYERS and re.search(rf"(^|\.)({targets})$", path)]
-    if not paths:
+    layers = {path: layer for path, layer in unet.named_modules()
+              if type(layer) in LORA_LAYERS and re.search(rf"(^|\.)({targets})$", path)}
+    if not layers:
         raise ModelError(f"no layer's name ends in {targets!r}: nothing to add LoRA to")
-    for path in paths:
-        layer = unet.get_submodule(path)
+    for path, layer in layers.items():
         unet.set_submodule(path, lora_beside(layer, rank, rank if alpha is None else alpha))
     return unet
 
@@ -953,8 +933,7 @@ def load_weights(net, files, where, dtype, device):
         # A copy, since the file may change under the map, in the network's own memory layout.
         tensors[key] = torch.empty_strided(
             tensor.shape, expected[key].stride(), dtype=dtype, device=device).copy_(tensor)
-    missing = [key for key in expected if key not in tensors]
-    if missing:
+    if missing := [key for key in expected if key not in tensors]:
         more = f", and {len(missing) - 1} more" * (len(missing) > 1)
         raise ModelError(f"{where}: key {missing[0]} is missing{more}")
     net.load_state_dict(tensors, assign=True)
@@ -1092,9 +1071,8 @@ def export(path, student, folder, *, unmerge=False, variant=None, revision=None,
     unet = merge_lora(load_lora(unet, student, whole=False), scale=-1) if unmerge \
         else load_student(student, unet, variant)
     folder, suffix, dtype = Path(folder), None if dtype == "fp32" else dtype, DTYPES[dtype]
-    save_unet(unet, folder / "unet", dtype, suffix)
-    save_vae(vae, folder / "vae", dtype, suffix)
-    save_image_encoder(image_encoder, folder / "image_encoder", dtype, suffix)
+    for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
+        save_unet(net, folder / part, dtype, suffix)
     save_configs(folder)
     for licence in find_folder(path, "unet", **source).parent.glob("LICENSE*"):
         shutil.copy(licence, folder)

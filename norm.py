@@ -32,7 +32,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:                                 # not on this platform: the PyTorch expression does it all
-    triton = None
+    triton = tl = None
 
 PROGRAMS = 2112                 # a table is cut so that there are about so many: 16 for each SM of an H100
 BLOCK = 128                     # at most so many columns per program: whole cache lines
@@ -43,13 +43,16 @@ MAX_FRAMES = 32                 # whose attention to each other is one program's
 if triton:
 
     @triton.jit
-    def _piece(program, L, C, rows, chunks, BLOCK: tl.constexpr):
-        """What a program works on: number of the table, first row, number of rows, columns. Programs next to
-        each other share rows, and with them pages of memory."""
+    def _piece(program, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """What a program works on: number of the table, first row, number of rows, columns. And where that
+        begins, the rows of its first tile, and the places of that tile from there on. Programs next to each
+        other share rows, and with them pages of memory."""
         blocks = C // BLOCK
         n, first = program // blocks // chunks, program // blocks % chunks * rows
-        c = program % blocks * BLOCK + tl.arange(0, BLOCK)
-        return n.to(tl.int64), first, tl.minimum(rows, L - first), c
+        c, row = program % blocks * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)[:, None]
+        n, at = n.to(tl.int64), row * C + c[None]
+        start = (n * L + first) * C                             # in 64 bits, as n is
+        return n, first, tl.minimum(rows, L - first), c, start, row, at
 
     @triton.jit
     def _shift(shift, n, c, C):
@@ -62,10 +65,8 @@ if triton:
         """Each column of a chunk: its mean, which the shift moves, and the sum of squared deviations from it,
         which stays. Sums are of deviations from a pivot, the mean of the first rows, so that nothing cancels
         where the mean is large."""
-        n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
-        row = tl.arange(0, ROWS)[:, None]
-        x += (n * L + first) * C                                # in 64 bits, as n is
-        at = row * C + c[None]
+        n, first, count, c, start, row, at = _piece(tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
+        x += start
         pivot = tl.load(x + at, row < count, 0.0).to(tl.float32)
         pivot = tl.sum(pivot, axis=0) / tl.minimum(count, ROWS)
         total, square = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
@@ -127,11 +128,10 @@ if triton:
     def _forward_kernel(x, shift, weight, bias, mean, rstd, out, L, C, rows, chunks, size,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
         """Last chunk first: it is what the moments' kernel has left in the cache."""
-        n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
-        row = tl.arange(0, ROWS)[:, None]
-        x += (n * L + first) * C
-        out += (n * L + first) * C
-        at = row * C + c[None]
+        n, first, count, c, start, row, at = _piece(
+            tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
+        x += start
+        out += start
         centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
         for done in range(0, count, ROWS):
             there = row < count - done
@@ -158,11 +158,9 @@ if triton:
                      ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SILU: tl.constexpr):
         """Each column of a chunk: the sum of the gradient in front of the SiLU, and behind all of these the
         sums of it times the normalised input."""
-        n, first, count, c = _piece(tl.program_id(0), L, C, rows, chunks, BLOCK)
-        row = tl.arange(0, ROWS)[:, None]
-        x += (n * L + first) * C
-        grad += (n * L + first) * C
-        at = row * C + c[None]
+        n, first, count, c, start, row, at = _piece(tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
+        x += start
+        grad += start
         centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
         plain, times_x = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
         for done in range(0, count, ROWS * AT_ONCE):
@@ -184,12 +182,11 @@ if triton:
                          size, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
         """The gradient of the input. `plain` and `times_x` are a group's sums, weights included: what the
         gradient loses because mean and standard deviation move with the input."""
-        n, first, count, c = _piece(tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, BLOCK)
-        row = tl.arange(0, ROWS)[:, None]
-        x += (n * L + first) * C
-        grad += (n * L + first) * C
-        grad_x += (n * L + first) * C
-        at = row * C + c[None]
+        n, first, count, c, start, row, at = _piece(
+            tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
+        x += start
+        grad += start
+        grad_x += start
         centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
         plain = _of_columns(plain, n, c, C, size) / L / size
         times_x = _of_columns(times_x, n, c, C, size) / L / size
@@ -249,9 +246,8 @@ if triton:
     @triton.jit
     def _residual_kernel(x, y, bias, scale, out, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """x + scale * (y + bias), a tile of a table per program; what is None is left out."""
-        n, first, count, c = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), BLOCK)      # n is 0
-        row = tl.arange(0, ROWS)[:, None]
-        start, at, there = (n * L + first) * C, row * C + c[None], row < count
+        _, _, count, c, start, row, at = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), ROWS, BLOCK)
+        there = row < count
         value = tl.load(y + start + at, there, 0.0).to(tl.float32)
         if bias is not None:
             value += tl.load(bias + c).to(tl.float32)[None]
@@ -265,10 +261,8 @@ if triton:
     def _halves(x, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """A program's tile of a table x of L rows of 2 C numbers: what is in their left halves, what in the
         right ones, the gates. And where that is in rows of C and of 2 C, from `start` or twice that on."""
-        n, first, count, c = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), BLOCK)      # n is 0
-        row = tl.arange(0, ROWS)[:, None]
-        start = (n * L + first) * C                             # in 64 bits, as n is
-        at, wide, there = row * C + c[None], row * 2 * C + c[None], row < count
+        _, _, count, c, start, row, at = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), ROWS, BLOCK)
+        wide, there = row * 2 * C + c[None], row < count
         value = tl.load(x + 2 * start + wide, there, 0.0).to(tl.float32)
         gate = tl.load(x + 2 * start + wide + C, there, 0.0).to(tl.float32)
         return value, gate, start, at, wide, there

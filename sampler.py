@@ -8,6 +8,7 @@
     sample              a student: 1 step, k steps, or (tts=True) the Time Travel Sampler
     sample_teacher      the m-step ODE solver with guidance, 25 steps as SVD is used
     decode              latents -> frames
+    Sheets              the pictures of a training run
     load_image, save_video, and the command line
 
 A sampler is a function of a network, a condition and noise levels. Noise is drawn on the CPU, one generator
@@ -29,6 +30,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import model
+from data import save_sheet
+from engine import fail, peak_memory
 from model import SVD, ModelError, default_size, load_student, replacing
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
 
@@ -194,13 +197,27 @@ def save_video(frames, file, fps):
             images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
-def save_sheet(clips, file):
-    """clips [n f 3 H W] in [-1, 1] -> one .png, a row per clip."""
-    from PIL import Image
+class Sheets:
+    """Pictures of a training run: the same clips in rows, real, by the teacher, by one step, and by one step
+    with the Time Travel Sampler. x0 and cond: real clips; net: the teacher now, the student when `save` is
+    called."""
 
-    from data import contact_sheet
-    with replacing(file) as part:
-        Image.fromarray(contact_sheet(clips).numpy()).save(part, "PNG")
+    def __init__(self, net, vae, x0, cond, teacher_steps, seed):
+        self.net, self.vae, self.cond, self.seed = net, vae, cond, seed
+        teacher = sample_teacher(net, cond, karras_sigmas(teacher_steps), self.generators(), (1.0, 3.0))
+        self.fixed_rows = [decode(vae, x).cpu() for x in (x0, teacher)]
+
+    def generators(self):
+        return [torch.Generator().manual_seed(self.seed + i) for i in range(len(self.cond.time_ids))]
+
+    def save(self, folder, step, fps):
+        """Writes sample-STEP.png and .mp4 into the folder."""
+        sigmas = karras_sigmas(NUM_SIGMAS)
+        latents = [sample(self.net, self.cond, strided(sigmas, k), self.generators(), k == 2) for k in (1, 2)]
+        rows = self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in latents]             # n f 3 H W each
+        save_sheet(torch.cat(rows), folder / f"sample-{step:06d}.png")
+        together = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")
+        save_video(together, folder / f"sample-{step:06d}.mp4", fps)
 
 
 def write_mp4(pixels, file, fps):
@@ -298,26 +315,18 @@ def parse_args(argv=None):
     return args
 
 
-def fail(message):
-    """One line on stderr and exit status 2: how every bad input ends."""
-    print(f"sampler.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def find_images(paths):
     """[(name for the output, path)] of pictures and folders of pictures, in the order given."""
     files = []
     for path in paths:
         if "://" in path:
             fail(f"--image {path}: a URL; download it and give the file, or pipe it into --image -")
-        path = Path(path)
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                fail(f"--image {path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
-            files += inside
-        else:
-            files.append(path)
+        found = [Path(path)]
+        if Path(path).is_dir():
+            found = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            fail(f"--image {path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        files += found
     stems = [file.stem for file in files]
     return [(f"{stem}_{stems[:i].count(stem)}" if stem in stems[:i] else stem, file)
             for i, (stem, file) in enumerate(zip(stems, files))]
@@ -343,18 +352,6 @@ def on_device(net, device, offload):
     yield net.to(device)
     if offload:
         net.to("cpu")
-
-
-def peak_memory(device):
-    """Peak memory in GB, as text: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    try:
-        import resource
-    except ImportError:                                                 # not a Unix
-        return "unknown memory"
-    kilo = 1 if sys.platform == "darwin" else 1024                      # ru_maxrss: bytes there, KiB on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9:.1f} GB of memory"
 
 
 def bar(steps, name):
@@ -392,9 +389,8 @@ def main():
         unet = load_student(student, unet, args.variant)
 
     num_frames = args.num_frames or unet.config["num_frames"]
-    default = default_size(unet)
     stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
-    asked = args.width or default[0], args.height or default[1]
+    asked = tuple(side or default for side, default in zip((args.width, args.height), default_size(unet)))
     width, height = (max(stride, round(v / stride) * stride) for v in asked)
     if (width, height) != asked:
         print(f"size {asked[0]}x{asked[1]} becomes {width}x{height}: this model needs multiples of {stride}",
@@ -439,11 +435,11 @@ def main():
         if args.save_latents:
             model.write_safetensors(out.with_suffix(".safetensors"), {"latents": x0[0]})
         if args.gallery:
-            scale = min(1, 256 / width)
-            gallery.append(F.interpolate(frames[0], scale_factor=scale, mode="area").cpu())
+            gallery.append(F.interpolate(frames[0], scale_factor=min(1, 256 / width), mode="area").cpu())
         print(f"wrote {out}: {num_frames} frames of {width}x{height} at {args.fps} fps, "
               f"seed {seed}, {how}, {evaluations} network evaluations, "
-              f"{time.perf_counter() - start:.1f} s, {peak_memory(device)}")
+              f"{time.perf_counter() - start:.1f} s, {peak_memory(device):.1f} GB of "
+              + "GPU " * (device.type == "cuda") + "memory")
         start = time.perf_counter()
     if args.gallery:
         save_sheet(torch.stack(gallery), args.gallery)
@@ -454,7 +450,7 @@ def cli():
     try:
         main()
     except (ModelError, OSError) as problem:
-        fail(problem)
+        fail(str(problem))
     except torch.OutOfMemoryError:
         fail("out of GPU memory; try --decode_chunk_size 2, --offload, or a smaller --width and --height")
     except KeyboardInterrupt:

@@ -9,22 +9,17 @@ to --output_dir: checkpoint-*, metrics.jsonl, samples, and at the end what stage
 (student.safetensors, disc.safetensors) and merged/, a UNet folder for `sampler.py --student`. The same
 command again resumes. `diff train_stage1.py train_stage2.py` is what the second stage does differently.
 """
-import argparse
-import time
-from functools import partial
 from pathlib import Path
 
 import torch
-from einops import rearrange
-from PIL import Image
 
 import data
 import engine
 import model
 import sampler
-from discriminator import DinoFeatures, Discriminator, UNetFeatures, load_dino
+from discriminator import Discriminator, load_features
 from losses import hinge_d, hinge_g, pseudo_huber
-from solver import NUM_SIGMAS, consistency, karras_sigmas, strided
+from solver import NUM_SIGMAS, consistency, karras_sigmas
 
 # ---- config ---------------------------------------------------------------------------------------------
 
@@ -44,100 +39,26 @@ PRESETS = {
                   checkpointing_steps=500, log_steps=10),
 }
 
-parser = argparse.ArgumentParser(description="Stage 1 of OSV: latent GAN pretraining.", allow_abbrev=False,
-                                 add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = engine.fail
-flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
-flag("--preset", choices=PRESETS, default="toy" if torch.cuda.is_available() else "toy_cpu",
-     help="a set of defaults for the flags below; flags win over it")
-flag("--model", default=str(sampler.TOY), help="the teacher: pipeline folder or hub id")
-flag("--dino", default=None, help="DINOv2 folder or hub id (None: dinov2/ inside --model)")
+parser = engine.training_flags("Stage 1 of OSV: latent GAN pretraining.", PRESETS)
+flag = parser.add_argument
 flag("--output_dir", type=Path, default="out/stage1", help="everything is written here")
-flag("--max_train_steps", type=engine.positive, help="steps in all, those before a resume included")
-flag("--batch_size", type=engine.positive, help="clips per step, over all processes")
-flag("--gradient_accumulation_steps", type=engine.positive, default=1,
-     help="parts that a process works its share off in")
-flag("--data", default="toy", help="toy, a folder or list of videos, or what `python data.py encode` wrote")
-flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
-     help="of a list of videos, only the rows between these limits")
-flag("--num_clips", type=engine.positive, help="clips of the toy world to train on")
-flag("--width", type=engine.positive, help="of the clips (None: what the UNet was made for)")
-flag("--height", type=engine.positive, help="of the clips")
-flag("--fps", type=engine.positive, default=data.FPS, help="of the clips of videos")
-flag("--motion_bucket_id", type=engine.positive, help="of all clips of videos (None: measured on each)")
-flag("--flip", action="store_true", help="mirror every second clip of videos")
-flag("--workers", type=engine.positive, default=4, help="processes that decode videos, for each that trains")
-flag("--learning_rate", type=float, help="of the student")
-flag("--lr_d", type=float, help="of the discriminator")
-flag("--warmup_steps", type=int, help="steps until the learning rates are reached")
-flag("--lr_scheduler", choices=("constant", "cosine"), default="constant",
-     help="of both from there on; cosine: to 0 at --max_train_steps")
-flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-flag("--lora_rank", type=engine.positive, help="rank of the student's update")
-flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections, too")
-flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora",
-     help="what trains")
-flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
-     help="what it sees")
-flag("--heads", nargs="+", choices=("spatial", "temporal"), default=["spatial", "temporal"], help="its heads")
+flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora", help="what trains")
 flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
-flag("--linear_g", action="store_true", help="-D for the generator instead of relu(1 - D)")
-flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
-flag("--gradient_checkpointing", action=on_off, default=False, help="compute activations twice, keep none")
-flag("--cuda_graph", action=on_off, default=False, help="record a step once and replay it: fast where "
-     "networks are small; not with parts or checkpointing")
-flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
-     help="inside the networks")
-flag("--seed", type=int, default=0, help="of everything drawn")
-flag("--device", help="cuda or cpu (None: cuda if it is there)")
-flag("--log_steps", type=engine.positive, help="steps between log lines")
-flag("--validation_steps", type=engine.positive, help="steps between sample sheets")
-flag("--validation_teacher_steps", type=engine.positive, default=25, help="solver steps of the teacher there")
-flag("--checkpointing_steps", type=engine.positive, help="steps between checkpoints")
-flag("--checkpoints_total_limit", type=engine.positive, default=2, help="how many to keep")
-flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
-parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
-flag("-h", "--help", action="help", help="show this, with the defaults of the --preset given, and exit")
-args = parser.parse_args()
-world = engine.start_world(args.device)
+args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-stop = engine.StopSignal()
-if not args.data:
-    parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
-if args.batch_size % (world.size * args.gradient_accumulation_steps):
-    parser.error(f"--batch_size {args.batch_size} does not divide by {world.size} processes times "
-                 f"{args.gradient_accumulation_steps} parts")
+stop = engine.stop_signal()
 share = args.batch_size // world.size                           # clips of this process
 part = share // args.gradient_accumulation_steps                # clips at a time
 torch.manual_seed(args.seed)                                    # initial weights
 
 # ---- what is there: networks, data ----------------------------------------------------------------------
 
-try:
+with engine.refusing():
     vae = model.load_vae(args.model, dtype=dtype, device=device)
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
     unet = model.load_unet(args.model, device=device)
-    if args.discriminator == "unet":
-        features = UNetFeatures(model.load_unet(args.model, dtype=dtype, device=device))
-    else:
-        dino = load_dino(args.dino or Path(args.model) / "dinov2").to(device, dtype)
-        features = DinoFeatures(dino, args.discriminator, vae=vae if args.discriminator == "pixel" else None)
-except model.ModelError as problem:
-    parser.error(str(problem))
-width, height = (side or 8 * unet.config["sample_size"] for side in (args.width, args.height))
-open_data = partial(
-    data.open_data, args.data, vae, image_encoder, num_frames=unet.config["num_frames"], width=width,
-    height=height, where=args.where, motion_bucket_id=args.motion_bucket_id, fps=args.fps, flip=args.flip,
-    workers=args.workers, share=share, batch_size=args.batch_size)
-try:
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    latents = open_data(seed=args.seed, num_clips=args.num_clips,
-                        skip_list=args.output_dir / f"skipped-{world.rank}.jsonl")
-    # Pictures to watch: clips of the toy world that nothing trains on, or other moments of the videos.
-    x0_shown, cond_shown = open_data(seed=args.seed + data.HELD_OUT, num_clips=4).take(torch.arange(4))
-except (OSError, model.ModelError) as problem:
-    parser.error(str(problem))
-generators = lambda: [torch.Generator().manual_seed(args.seed + i) for i in range(4)]     # each row's noise
+    features = load_features(args.discriminator, args.model, args.dino, vae)
+    latents, shown = data.open_training_data(args, vae, image_encoder, unet, share, world.rank)
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
 
 # ---- what trains ----------------------------------------------------------------------------------------
@@ -145,16 +66,12 @@ sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descend
 if "lora" in args.train:
     model.add_lora(unet, args.lora_rank, targets=model.LORA_CONVS if args.lora_convs else model.LORA_TARGETS)
 net = unet.to(dtype)
-if world.rank == 0:                         # rows of the sample sheets that stay; nothing has trained yet
-    x0_teacher = sampler.sample_teacher(net, cond_shown, karras_sigmas(args.validation_teacher_steps),
-                                        generators(), (1.0, 3.0))
-    fixed_rows = [sampler.decode(vae, x).cpu() for x in (x0_shown, x0_teacher)]
+if world.rank == 0:                                             # while nothing has trained yet
+    sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 names = [name for name, _ in net.named_parameters() if args.train == "all" or
          "lora" in args.train and ".lora_" in name or
          "temporal" in args.train and ".temporal_transformer_blocks." in name and ".lora_" not in name]
-for name, parameter in net.named_parameters():
-    parameter.requires_grad_(name in names)
 theta = engine.Weights(net, names)
 
 disc = Discriminator(features, args.heads).to(device)
@@ -165,42 +82,17 @@ psi_buffers = {name: b for name, b in disc.heads.named_buffers()}       # spectr
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-step, bad_steps, skipped = 0, 0, torch.zeros(())
-free = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
-        "cuda_graph")
+bad_steps, skipped = 0, torch.zeros(())
 # Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
 evolving = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers, "count": {"skipped": skipped}}
 optimizers = {"opt": opt, "opt_d": opt_d}
-config = {key: value for key, value in vars(args).items() if key not in free} | {"world_size": world.size}
-try:
-    found = engine.load_checkpoint(args.output_dir, args.resume_from_checkpoint, config, world.restarted)
-except model.ModelError as problem:
-    parser.error(str(problem))
-if found:
-    step, tensors = found
-    engine.restore(evolving, optimizers, tensors)
-    theta.push()
+step, config = engine.resume(args, world, evolving, optimizers)
+theta.push()
 if world.rank == 0:
-    engine.rewind(args.output_dir, step)
     count = sum(p.numel() for p in net.parameters())
     trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
     print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
-log = engine.Log(args.output_dir, world, step)
-
-
-@torch.no_grad()
-def validate():
-    """Held-out clips in rows of four: real, teacher, one step, one step with the Time Travel Sampler."""
-    rows = list(fixed_rows)
-    for k, tts in ((1, False), (2, True)):
-        x0_pred = sampler.sample(net, cond_shown, strided(sigmas, k), generators(), tts)
-        rows.append(sampler.decode(vae, x0_pred).cpu())
-    frames = torch.cat(rows)                                                    # (4 4) f 3 H W
-    Image.fromarray(data.contact_sheet(frames).numpy()).save(args.output_dir / f"sample-{step:06d}.png")
-    frames = rearrange(frames, "(rows n) f c h w -> f c (rows h) (n w)", n=4)
-    sampler.save_video(frames, args.output_dir / f"sample-{step:06d}.mp4", data.FPS)
-
+log = engine.Log(args.output_dir, world, step, args.batch_size)
 
 # ---- a step ---------------------------------------------------------------------------------------------
 
@@ -244,16 +136,10 @@ def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-def add(**losses):
-    for name, loss in losses.items():
-        sums[name] = sums.get(name, 0) + loss * (part / share)
-
-
 d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
 
 # ---- loop -----------------------------------------------------------------------------------------------
 
-clock, clock_step, totals = time.perf_counter(), step, {}       # since the last log line
 while step < args.max_train_steps:
     decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
     engine.schedule(opt, args.learning_rate, step, args.warmup_steps, decay_steps)
@@ -261,24 +147,21 @@ while step < args.max_train_steps:
     # For what draws by itself, the unet discriminator: each process its own.
     torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
     first = step * args.batch_size + world.rank * share
-    try:
+    with engine.refusing():                                     # if not one of the videos can be used
         parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
-    except model.ModelError as problem:                         # not one of the videos can be used
-        parser.error(str(problem))
-    sums, norm_d, good_d = {}, torch.zeros((), device=device), True
+    x0_pred, norm_d, good_d = None, torch.zeros((), device=device), True
 
-    x0_pred = None
     if args.adv_weight:
         disc.train()
         for x_t, sigma_t, cond, real, _, _ in parts:
             x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
-            add(loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
+            log.add(part / share, loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
         norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     disc.requires_grad_(False)
     for x_t, sigma_t, cond, _, target, weight in parts:
         loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, target, weight, *cond)
-        add(loss_huber=loss_huber, loss_adv=loss_adv)
+        log.add(part / share, loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.pull()
     norm, good = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
@@ -291,18 +174,12 @@ while step < args.max_train_steps:
     if bad_steps == 5:
         parser.error(f"gradients were not finite for 5 steps, until step {step}; start over (--resume_from_"
                      "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
-    for name, value in (sums | {"grad_norm": norm, "grad_norm_d": norm_d}).items():
-        totals[name] = totals.get(name, 0) + value
+    log.add(grad_norm=norm, grad_norm_d=norm_d)
     if step % args.log_steps == 0:
-        values = engine.all_mean({name: total / (step - clock_step) for name, total in totals.items()})
-        totals.clear()
-        seconds = (time.perf_counter() - clock) / (step - clock_step)
-        clock, clock_step = time.perf_counter(), step
-        speed = {"s_per_step": seconds, "clips_per_s": args.batch_size / seconds}
-        log(step, values | speed | {"skipped": int(skipped), "memory_gb": engine.peak_memory(device)})
+        log.write(step, skipped=int(skipped))
     if world.rank == 0 and step % args.validation_steps == 0:
-        validate()
-    stopping = engine.any_rank(stop.asked, device)
+        sheets.save(args.output_dir, step, data.FPS)
+    stopping = engine.any_rank(stop, device)
     if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
         if world.rank == 0:
             tensors = engine.collect(evolving, optimizers)
@@ -316,11 +193,5 @@ while step < args.max_train_steps:
 if world.rank == 0 and step < args.max_train_steps:
     print(f"stopped by SIGTERM after step {step}; run the same command again to go on")
 elif world.rank == 0:
-    model.write_safetensors(args.output_dir / "student.safetensors", theta.tensors())
-    model.write_safetensors(args.output_dir / "disc.safetensors", {**psi, **psi_buffers})
-    merged = args.output_dir / "merged"
-    if args.train == "lora":
-        model.save_lora(net, args.output_dir)                   # the update alone, for diffusers and PEFT
-    model.save_unet(model.merge_lora(net), merged, torch.float16)
-    print(f"wrote {merged}: python sampler.py --image assets/input.png --student {merged}")
+    engine.publish(args.output_dir, net, theta, psi | psi_buffers, lora=args.train == "lora")
 engine.end_world(world)

@@ -21,7 +21,6 @@ The honest note: the network in dinov2/ has DINOv2's architecture but not its se
 what the renderer knows: the CLS token lists the scene, and each patch token tells which shapes cover it, its
 mean colour and its local contrast, on pictures half of which are blurred, so that its features feel blur.
 """
-import argparse
 import json
 import math
 import os
@@ -32,7 +31,6 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -44,6 +42,7 @@ import engine
 import evaluate
 import model
 import solver
+from clip import CLIP_SIZE, clip_pixels
 
 # ---- config ---------------------------------------------------------------------------------------------
 
@@ -53,9 +52,7 @@ QUICK = dict(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32
              report_clips=8, log_every=5, vae_batch_size=8, image_encoder_batch_size=8, dinov2_batch_size=4,
              i3d_batch_size=4, unet_batch_size=4) | {f"{stage}_steps": 12 for stage in STEPS}
 
-parser = argparse.ArgumentParser(description="Train the toy checkpoints from scratch.", allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = engine.fail
+parser = engine.command_line("Train the toy checkpoints from scratch.")
 flag = parser.add_argument
 flag("--output_dir", type=Path, default="assets/toy", help="pipeline folder to write; checkpoints in .train/")
 flag("--stages", nargs="+", choices=[*STEPS, "report"], default=[*STEPS, "report"], help="done in this order")
@@ -93,8 +90,7 @@ if args.unet_batch_size % world.size:
 work = args.output_dir / ".train"
 log_file = args.train_log or args.output_dir / "train_log.jsonl"
 report_file = args.report or work / "report.json"
-for folder in (work, log_file.parent, report_file.parent):
-    folder.mkdir(parents=True, exist_ok=True)
+log_file.parent.mkdir(parents=True, exist_ok=True)
 held_out = args.seed + data.HELD_OUT
 torch.set_float32_matmul_precision("high")
 torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -125,10 +121,8 @@ def wanted(stage):
 
 def load(loader, folder=args.output_dir, **how):
     """A network that is there; else the script ends with what is wrong."""
-    try:
+    with engine.refusing():
         return loader(folder, device=device, **how)
-    except model.ModelError as problem:
-        parser.error(str(problem))
 
 
 def train(stage, net, loss_of):
@@ -292,54 +286,48 @@ def lesson(pupil, pixels, images, batch):
         + F.l1_loss(looks, F.adaptive_avg_pool2d(torch.cat((images, contrast), dim=1), grid))
 
 
-def quality(pupil, see):
-    """F1 on held-out pictures: of everything, and of the colours of shapes."""
-    batch = clips(held_out, 0, args.report_clips, num_frames=1)
+def teach(stage, backbone, summary_dim, see, prepare):
+    """see: pictures [b 3 H W] -> what the backbone gets of them, after prepare(pictures, generator)."""
+    pupil, batch_size = Pupil(backbone, summary_dim).to(device), getattr(args, f"{stage}_batch_size")
+    record(pupil, see(torch.zeros(batch_size, 3, args.size, args.size, device=device)))
+
+    def loss(step, generator):
+        batch = clips(args.seed, step * batch_size, batch_size, num_frames=1)
+        images = prepare(batch.frames[:, 0], generator)                                 # b 3 H W
+        return lesson(pupil, see(images), images, batch)
+
+    train(stage, pupil, loss)
+    # How much of held-out pictures it tells: of everything, and of the colours of shapes.
+    batch, colours = clips(held_out, 0, args.report_clips, num_frames=1), len(data.COLOURS)
     with torch.no_grad():
         scene = torch.cat([pupil(see(images))[0] for images in batch.frames[:, 0].split(64)])           # b k
-    colours = len(data.COLOURS)
-    return {"f1": f1(scene, batch.attributes[:, :data.NUM_STATIC]),
-            "f1_colours": f1(scene[:, :colours], batch.attributes[:, :colours])}
+    publish(stage, lambda folder: backbone.half().save_pretrained(folder),
+            f1=f1(scene, batch.attributes[:, :data.NUM_STATIC]),
+            f1_colours=f1(scene[:, :colours], batch.attributes[:, :colours]))
 
 
 if wanted("image_encoder"):
-    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
+    teach("image_encoder", CLIPVisionModelWithProjection(CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, hidden_act="gelu",
-        image_size=model.CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM))
-    pupil = Pupil(clip, EMBED_DIM).to(device)
-    see = model.clip_pixels
-    record(pupil, see(torch.zeros(args.image_encoder_batch_size, 3, args.size, args.size, device=device)))
-
-    def image_encoder_loss(step, generator):
-        batch = clips(args.seed, step * args.image_encoder_batch_size, args.image_encoder_batch_size, 1)
-        return lesson(pupil, see(batch.frames[:, 0]), batch.frames[:, 0], batch)
-
-    train("image_encoder", pupil, image_encoder_loss)
-    publish("image_encoder", lambda folder: clip.half().save_pretrained(folder), **quality(pupil, see))
+        image_size=CLIP_SIZE, patch_size=16, projection_dim=EMBED_DIM)), EMBED_DIM,
+        clip_pixels, lambda images, generator: images)
 
 if wanted("dinov2"):
     dino = Dinov2Model(Dinov2Config(hidden_size=96, num_hidden_layers=12, num_attention_heads=3,
                                     image_size=GRID * PATCH, patch_size=PATCH))
-    pupil = Pupil(dino, 96).to(device)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def see(images):
         pixels = F.interpolate(images, (GRID * PATCH,) * 2, mode="bilinear", antialias=True)
         return (pixels / 2 + 0.5 - mean) / std
 
-    record(pupil, see(torch.zeros(args.dinov2_batch_size, 3, args.size, args.size, device=device)))
-
-    def dinov2_loss(step, generator):
-        batch = clips(args.seed, step * args.dinov2_batch_size, args.dinov2_batch_size, num_frames=1)
-        images = batch.frames[:, 0]                                                     # b 3 H W
-        # Half of them as blurred, more or less, as latents are that were made larger.
+    def half_blurred(images, generator):
+        """Half of them as blurred, more or less, as latents are that were made larger."""
         coarse = F.interpolate(F.avg_pool2d(images, 8), images.shape[-2:], mode="bilinear")
         amount = torch.rand(len(images), generator=generator, device=device) * 2 - 1
-        images = images.lerp(coarse, amount.clamp(min=0)[:, None, None, None])
-        return lesson(pupil, see(images), images, batch)
+        return images.lerp(coarse, amount.clamp(min=0)[:, None, None, None])
 
-    train("dinov2", pupil, dinov2_loss)
-    publish("dinov2", lambda folder: dino.half().save_pretrained(folder), **quality(pupil, see))
+    teach("dinov2", dino, 96, see, half_blurred)
 
 # ---- i3d ------------------------------------------------------------------------------------------------
 
@@ -422,8 +410,8 @@ if "report" in args.stages and world.rank == 0:
     decode = lambda x: to_clips(vae.decode(x.flatten(0, 1) / scaling_factor, f)).clamp(-1, 1)      # b f 3 H W
     sharpness = lambda frames: frames[:, -1].diff(dim=-1).abs().mean().item()
     fvd = lambda frames: evaluate.frechet_distance(features_real, evaluate.video_features(detector, frames))
-    picture = lambda name, frames: Image.fromarray(data.contact_sheet(frames).numpy()).reduce(2).save(
-        report_file.with_name(f"{report_file.stem}_{name}.jpg"), quality=90)
+    picture = lambda name, frames: data.save_sheet(
+        frames, report_file.with_name(f"{report_file.stem}_{name}.jpg"), shrink=2)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     draw = lambda x: torch.randn(x.shape, generator=generator, device=device)
@@ -465,10 +453,9 @@ if "report" in args.stages and world.rank == 0:
     model.write_json(report_file, {**evaluate.record(args), **report})
 
 if world.rank == 0:
-    total = 0
-    for file in sorted(args.output_dir.glob("*/*.safetensors")):
+    files = sorted(args.output_dir.glob("*/*.safetensors"))
+    for file in files:
         numbers = sum(tensor.numel() for _, tensor in model.read_safetensors([file]))
-        total += file.stat().st_size
         print(f"{file.parent.name:15s} {numbers:11,d} parameters {file.stat().st_size / 1e6:8.2f} MB")
-    print(f"{'together':15s} {'':22s} {total / 1e6:8.2f} MB")
+    print(f"{'together':15s} {'':22s} {sum(file.stat().st_size for file in files) / 1e6:8.2f} MB")
 engine.leave(0)

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+import clip
 import model
 
 diffusers.utils.logging.set_verbosity_error()
@@ -187,14 +188,15 @@ def test_vae_clamps_the_log_variance():
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 3), (6, 8)])
-def test_upsampling_folded_into_its_convolution_is_the_same(height, width, monkeypatch):
+def test_upsampling_folded_into_its_convolution_is_the_same(height, width):
     """Borders, too: exactly, but for the order of sums. And LoRA stays what it is."""
     net, x = randomize(model.Upsample(6)).double(), torch.randn(2, 6, height, width).double().requires_grad_()
+    folded = model.FoldedUpsample(6).double()
+    folded.load_state_dict(net.state_dict())
     grad, results = torch.randn(2, 6, 2 * height, 2 * width).double(), []
-    for fold in (False, True):
-        monkeypatch.setattr(model, "FOLD_UPSAMPLING", fold)
-        y = net(x)
-        results.append((y, *torch.autograd.grad(y, (x, *net.parameters()), grad)))
+    for up in (net, folded):
+        y = up(x)
+        results.append((y, *torch.autograd.grad(y, (x, *up.parameters()), grad)))
     doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert relative_error(results[0][0], net.conv(doubled)) < 1e-14
     for one, other in zip(*results):
@@ -205,7 +207,7 @@ def test_upsampling_folded_into_its_convolution_is_the_same(height, width, monke
 
 
 def test_folded_weights_are_rounded_once():
-    net = randomize(model.Upsample(16))
+    net = randomize(model.FoldedUpsample(16))
     exact = copy.deepcopy(net.bfloat16()).double()
     torch.testing.assert_close(net.folded(), exact.folded().bfloat16(), rtol=0, atol=0)
 
@@ -368,7 +370,7 @@ def test_diffusers_opens_the_whole_pipeline_folder(pipeline_folder):
     assert (scheduler.sigma_min, scheduler.sigma_max) == (0.002, 700)
     assert scheduler.prediction_type == "v_prediction"
     extractor = pipeline.feature_extractor
-    assert (tuple(extractor.image_mean), tuple(extractor.image_std)) == (model.CLIP_MEAN, model.CLIP_STD)
+    assert (tuple(extractor.image_mean), tuple(extractor.image_std)) == (clip.CLIP_MEAN, clip.CLIP_STD)
     assert extractor.resample == Image.Resampling.BICUBIC
 
 
