@@ -332,6 +332,7 @@ RUNS = {
     "stage 2 only": (None, ""),
     "m = 1": ("", "--num_solver_steps 1"),
     "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"),
+    "theta^- for real": ("", "--real ema"),
     "sub-pixel": ("--discriminator subpixel", "--discriminator subpixel"),
     "pixel (VAE decoder)": ("--discriminator pixel", "--discriminator pixel"),
     "unet": ("--discriminator unet", "--discriminator unet"),
@@ -344,13 +345,15 @@ RUNS = {
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
 # the same pictures are as near as one can come: the distance between two sets of clips is never 0.
 FLOOR = ("real", "other futures", None)
-SHIPPED = [FLOOR, *(("teacher", name, None) for name in ("25", "8", "2", "1")),
-           *(("shipped", name, None) for name in ("1", "tts", "2", "tts printed", "tts v1"))]
+TEACHER = [FLOOR, ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25),
+           ("teacher", "1", 1177.34)]
+SHIPPED = [
+    *TEACHER, ("shipped", "1", 335.36), ("shipped", "tts", 171.15), ("shipped", "2", 181.95),
+    ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
 TABLE1 = [
-    FLOOR, ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25),
-    ("teacher", "1", 1177.34), ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
-    ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68),
-    ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)]
+    *TEACHER, ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80), ("AnimateLCM", "2", 575.33),
+    ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ("osv", "1", 335.36), ("osv", "tts", 171.15),
+    ("osv", "2", 181.95)]
 TABLE2 = {
     "a": [("m = 1", "tts", 332.25), ("osv", "tts", 171.15)],
     "b": [("stage 2 only", "tts", 221.75), ("osv", "tts", 171.15)],
@@ -361,10 +364,11 @@ TABLE2 = {
     "f": [("osv", "1 cfg 3.0", 531.23), ("osv", "1 cfg 1.5", 426.71), ("osv", "1", 335.36)],
     "g": [("stage 1 at half size", "1", 455.35), ("osv", "1", 388.86)],
     "h": [("stage 2 at half size", "tts", 171.15), ("osv", "tts", 181.95)],
-    "tts": [("osv", "1", None), ("osv", "2", None), ("osv", "tts", None), ("osv", "tts printed", None),
-            ("osv", "tts v1", None)],
+    "real": [(run, name, None) for run in ("theta^- for real", "osv") for name in ("1", "tts")],
+    "tts": [("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")],
 }
-PICTURED = [("teacher", "25"), ("teacher", "1"), ("osv", "1"), ("osv", "tts")]
+PICTURED = [("teacher", "25"), ("teacher", "1"), ("osv", "1"), ("osv", "tts"), ("shipped", "1"),
+            ("shipped", "tts")]
 
 
 def how(name, teacher, guidance):
@@ -436,13 +440,11 @@ def compare(rows, args):
     results, shown = [], [reference.frames[:3]]
     for run, name, paper in rows if args.data == "toy" else [row for row in rows if row != FLOOR]:
         for seed in args.seeds if run in RUNS else args.seeds[:1]:
-            net, seconds, steps, nfe, generate = teacher, None, 0, 0, other_futures
-            student = sampler.STUDENT if run == "shipped" else run
-            if run in RUNS:
-                student, seconds = trained(run, seed, args)
+            net, steps, nfe, generate = teacher, 0, 0, other_futures
+            there = sampler.STUDENT if run == "shipped" else run
+            student, seconds = trained(run, seed, args) if run in RUNS else (there, None)
             if run not in ("teacher", "real"):
-                net = model.load_unet(args.model, dtype=dtype, device=device)
-                net = model.load_student(student, net)
+                net = model.load_student(student, model.load_unet(args.model, dtype=dtype, device=device))
             if run != "real":
                 steps, nfe, draw = how(name, run == "teacher", tuple(args.guidance))
                 generate = by_sampler(partial(draw, net), vae, reference, device)
@@ -452,7 +454,7 @@ def compare(rows, args):
             print(f"{run:24}{name:15}seed {seed}  NFE {nfe:3}  FVD {figures['fvd']:8.2f} +- "
                   f"{figures['interval']:.2f}  sharpness {figures['sharpness']:.2f}  diversity "
                   f"{figures['diversity']:.3f}", flush=True)
-            if seed == args.seeds[0] and (args.what != "table1" or (run, name) in PICTURED):
+            if seed == args.seeds[0] and (args.what in ("fvd", "table2") or (run, name) in PICTURED):
                 shown.append(frames[:3])
             if args.report:                             # what is done is on the disk
                 model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})
@@ -488,10 +490,10 @@ def markdown(result):
                      f"{mean['seconds']:.3f} | {mean['sharpness']:.2f} | {mean['diversity']:.3f} | "
                      f"{mean['motion']:.2f} | {rows[0]['paper'] or ''} |")
     protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
+    seeds = sorted({row["seed"] for row in result["rows"]})
     return "\n".join(lines) + (
         f"\n\n`{result['command']}` on {result['device']}, {result['date']}. Protocol: {protocol}. Training "
-        f"seeds {result['settings']['seeds']}: mean, and from the lowest to the highest end of their 95 % "
-        "intervals.\n")
+        f"seeds {seeds}: mean, and from the lowest to the highest end of their 95 % intervals.\n")
 
 
 def plot(rows, out, width=640, height=360, margin=48):

@@ -310,8 +310,9 @@ def test_the_student_that_ships():
     net = model.load_student(sampler.STUDENT, unet)
     image, _ = fit_image(load_image(ROOT / "assets" / "input.png"), 128, 128)
     with torch.no_grad():
-        cond = model.encode_condition(vae, image_encoder, image.expand(2, -1, -1, -1), torch.zeros(2, 3, 128, 128),
-                                      num_frames=14, fps=7, motion_bucket_id=127, noise_aug_strength=0.02)
+        images = image.expand(2, -1, -1, -1)                                    # 2 3 128 128
+        cond = model.encode_condition(vae, image_encoder, images, torch.zeros_like(images), num_frames=14,
+                                      fps=7, motion_bucket_id=127, noise_aug_strength=0.02)
     x0 = sample(net, cond, strided(karras_sigmas(100), 2), generators(0, 1), tts=True)
     frames = decode(vae, x0)                                                    # 2 14 3 128 128
     edges = lambda x: x.diff(dim=-1).abs().mean()
