@@ -87,6 +87,8 @@ TYPED = {
     "OSV_IMPL=exercises python -m pytest tests/test_exercises.py -x -k ex01":
         Typed(fails="NotImplementedError"),
     "python -c ...": Typed(says=r"\d"),
+    "python exercises/between.py --out between.png": Typed(
+        "between.png between.json", "mean of 1: teacher", "--clips 1 --places 3 --solver_steps 1"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
     "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
                                         fails="Trying to backward through the graph a second time"),
@@ -109,6 +111,8 @@ SLOW = {
         "out/m1/metrics.jsonl out/m5/metrics.jsonl", "loss_huber .* s_per_step", STEP),
     "for decay in 0 0.95 1; do ...": Typed(
         "out/ema0/metrics.jsonl out/ema0.95/metrics.jsonl out/ema1/metrics.jsonl", "loss_huber", STEP),
+    # Minutes: the teacher's 25 steps
+    "python evaluate.py student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
     # Seconds, but tests/test_exercise_mutations.py grades a class as well
     "python exercises/grade.py submissions --csv grades.csv": Typed("grades.csv", r"ada +0\.0"),
 }
@@ -130,7 +134,7 @@ LEFT_OUT = {
     "python data.py check OpenVid-1M.csv ...": "a million videos; above, `check` has a folder of three",
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
-    "python evaluate.py student ...": "a GPU, and minutes; tests/test_evaluate.py has `fvd`",
+    "python evaluate.py student --report ...": "a GPU, and minutes",
     "python bench.py nets ...": "a GPU",
     "python evaluate.py heads ...": "a GPU; tests/test_discriminator.py has a small one",
     "python bench.py kernel ...": "a GPU",
