@@ -1,6 +1,6 @@
 """Between two futures: the last frames of a video whose noise goes, in even steps, from one draw to another.
 
-    $ python exercises/between.py                                      # 5 minutes on a CPU
+    $ python exercises/between.py                                      # 7 minutes on a CPU
     $ python exercises/between.py --clips 1 --places 5 --solver_steps 4 # to see it run
 
 The teacher's solver follows an ODE that parts the futures: it turns from one to the next between two places
@@ -35,7 +35,7 @@ flag("--out", type=Path, default="between.png", help="the picture; figures go be
 flag("--clips", type=engine.positive, default=4, help="pictures with one shape, of the first held-out ones")
 flag("--shown", type=engine.positive, default=3, help="how many of them are in the picture")
 flag("--places", type=engine.positive, default=13, help="on the way from one draw of noise to the other")
-flag("--solver_steps", type=engine.positive, default=25, help="of the teacher, without guidance")
+flag("--solver_steps", type=engine.positive, default=8, help="of the teacher, without guidance")
 args = parser.parse_args()
 if args.places < 3:
     parser.error(f"--places {args.places}: a way has two ends and something between them")
