@@ -28,7 +28,6 @@ from norm import GroupNorm, tl, triton  # None where there is no Triton
 from solver import precondition
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOY_DINO = Path(__file__).resolve().parent / "assets" / "toy" / "dinov2"
 
 # ---------------------------------------------------------------------------------------------------------
 # Upsample + normalise
@@ -248,7 +247,7 @@ class TemporalHead(Head):
 # Features
 
 
-def load_dino(path=TOY_DINO):
+def load_dino(path):
     """DINOv2 of any size through transformers: a folder, or a hub id such as facebook/dinov2-small."""
     from transformers import Dinov2Model
     try:

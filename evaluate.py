@@ -367,8 +367,7 @@ TABLE2 = {
     "real": [(run, name, None) for run in ("theta^- for real", "osv") for name in ("1", "tts")],
     "tts": [("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")],
 }
-PICTURED = [("teacher", "25"), ("teacher", "1"), ("osv", "1"), ("osv", "tts"), ("shipped", "1"),
-            ("shipped", "tts")]
+PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped tts"
 
 
 def how(name, teacher, guidance):
@@ -454,7 +453,7 @@ def compare(rows, args):
             print(f"{run:24}{name:15}seed {seed}  NFE {nfe:3}  FVD {figures['fvd']:8.2f} +- "
                   f"{figures['interval']:.2f}  sharpness {figures['sharpness']:.2f}  diversity "
                   f"{figures['diversity']:.3f}", flush=True)
-            if seed == args.seeds[0] and (args.what in ("fvd", "table2") or (run, name) in PICTURED):
+            if seed == args.seeds[0] and (args.what in ("fvd", "table2") or f"{run} {name}" in PICTURED):
                 shown.append(frames[:3])
             if args.report:                             # what is done is on the disk
                 model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})

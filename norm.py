@@ -408,11 +408,13 @@ class GroupNorm(nn.GroupNorm):
     silu = False
 
     def forward(self, x, shift=None):
-        if has_kernels(x, channels_last=True):
+        last = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+        if last and has_kernels(x):
             settings = self.num_groups, self.eps, self.silu
             return FusedGroupNorm.apply(x, self.weight, self.bias, *settings, shift)
         x = x if shift is None else x + shift[:, :, None, None]
         x = super().forward(x.contiguous())         # on a CPU, PyTorch's own lets squares cancel otherwise
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
         return F.silu(x) if self.silu else x
 
 
