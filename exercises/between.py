@@ -11,14 +11,11 @@ the student in one step, the student with the Time Travel Sampler, which looks a
 Prints, and writes beside the picture as JSON, how uneven the ways are: the largest change between neighbours
 over the mean change, averaged over clips. 1 is as even as can be; 12 means all 12 steps' change is in one.
 """
-import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -27,11 +24,9 @@ import model  # noqa: E402
 import sampler  # noqa: E402
 import solver  # noqa: E402
 
-parser = argparse.ArgumentParser(description="What lies between two futures.", allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = engine.fail
+parser = engine.command_line("What lies between two futures.")
 flag = parser.add_argument
-flag("--out", type=Path, default="between.png", help="the picture; figures go beside it as .json")
+flag("--out", type=Path, default="between.png", help="the picture, .png or .jpg; figures go beside it, .json")
 flag("--clips", type=engine.positive, default=4, help="pictures with one shape, of the first held-out ones")
 flag("--shown", type=engine.positive, default=3, help="how many of them are in the picture")
 flag("--places", type=engine.positive, default=13, help="on the way from one draw of noise to the other")
@@ -39,6 +34,8 @@ flag("--solver_steps", type=engine.positive, default=8, help="of the teacher, wi
 args = parser.parse_args()
 if args.places < 3:
     parser.error(f"--places {args.places}: a way has two ends and something between them")
+if args.out.suffix not in (".png", ".jpg") or not args.out.parent.is_dir():
+    parser.error(f"--out {args.out}: the name must end in .png or .jpg, in a folder that is there")
 
 vae, image_encoder, teacher, unet = (load(sampler.TOY) for load in (
     model.load_vae, model.load_image_encoder, model.load_unet, model.load_unet))
@@ -74,7 +71,7 @@ for number in numbers.tolist():
 mean = torch.stack(uneven).mean(0).tolist()
 result = dict(zip(("teacher", "one_step", "time_travel"), mean)) | {
     "clips": numbers.tolist(), "places": args.places, "solver_steps": args.solver_steps}
-Image.fromarray(data.contact_sheet(torch.cat(frames[:args.shown])).numpy()).save(args.out)
-args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+data.save_sheet(torch.cat(frames[:args.shown]), args.out)
+model.write_json(args.out.with_suffix(".json"), result)
 print(f"mean of {len(numbers)}: teacher {mean[0]:.2f}, one step {mean[1]:.2f}, Time Travel {mean[2]:.2f}; "
       f"wrote {args.out}")

@@ -87,8 +87,8 @@ TYPED = {
     "OSV_IMPL=exercises python -m pytest tests/test_exercises.py -x -k ex01":
         Typed(fails="NotImplementedError"),
     "python -c ...": Typed(says=r"\d"),
-    "python exercises/between.py --out between.png": Typed(
-        "between.png between.json", "mean of 1: teacher", "--clips 1 --places 3 --solver_steps 1"),
+    "python exercises/between.py --out between.jpg": Typed(
+        "between.jpg between.json", "mean of 1: teacher", "--clips 1 --places 3 --solver_steps 1"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
     "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
                                         fails="Trying to backward through the graph a second time"),
@@ -111,7 +111,8 @@ SLOW = {
         "out/m1/metrics.jsonl out/m5/metrics.jsonl", "loss_huber .* s_per_step", STEP),
     "for decay in 0 0.95 1; do ...": Typed(
         "out/ema0/metrics.jsonl out/ema0.95/metrics.jsonl out/ema1/metrics.jsonl", "loss_huber", STEP),
-    # Minutes: the teacher's 25 steps
+    # Minutes: many steps of the teacher
+    "python exercises/between.py --out results/between.jpg": Typed("results/between.json", "Time Travel"),
     "python evaluate.py student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
     # Seconds, but tests/test_exercise_mutations.py grades a class as well
     "python exercises/grade.py submissions --csv grades.csv": Typed("grades.csv", r"ada +0\.0"),
