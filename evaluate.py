@@ -11,7 +11,6 @@
     $ python evaluate.py student --report results/student.json  # the one in assets/, beside its teacher
     $ python evaluate.py table1 --report results/table1.json
     $ python evaluate.py table2 --rows a b --report results/table2.json
-    $ python evaluate.py heads --report results/heads.json  # what the discriminator's heads can tell apart
     $ python evaluate.py readme                             # the README's tables and its plot, from results/
 
 FVD (Unterthiner et al., arXiv 1812.01717) is the Frechet distance between real and generated clips in the
@@ -26,7 +25,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +40,9 @@ from torch.nn import functional as F
 
 import data
 import engine
-import losses
 import model
 import sampler
 import solver
-from discriminator import DinoFeatures, Discriminator, load_dino
 
 # ---- The detector ---------------------------------------------------------------------------------------
 
@@ -149,12 +149,14 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
 
 @torch.no_grad()
 def interval(features_real: Tensor, features_fake: Tensor, rounds: int = 40, seed: int = 0) -> float:
-    """Half the width of a 95 % interval around the distance: 1.96 standard deviations over sets of clips
-    drawn anew, with replacement. Their mean is no estimate: sets with repetitions are farther apart."""
+    """Half the width of a 95 % interval around the distance: 1.96 standard deviations over sets of pictures
+    drawn anew, with replacement. Row i of both [n d] is of picture i, and they are drawn together: which
+    pictures a set happens to have moves both sides alike. Their mean is no estimate: sets with repetitions
+    are farther apart."""
     generator, n = torch.Generator().manual_seed(seed), len(features_real)
-    draw = lambda x: x.cpu()[torch.randint(len(x), (n,), generator=generator)]
-    return 1.96 * torch.tensor([frechet_distance(draw(features_real), draw(features_fake))
-                                for _ in range(rounds)]).std().item()
+    draws = (torch.randint(n, (n,), generator=generator) for _ in range(rounds))
+    return 1.96 * torch.tensor([frechet_distance(features_real.cpu()[i], features_fake.cpu()[i])
+                                for i in draws]).std().item()
 
 
 # ---- One way of sampling, and all its figures -----------------------------------------------------------
@@ -269,77 +271,28 @@ def displacement(frames, colours, device="cpu", sharpness=60.0):
     return torch.stack(moved).cpu()
 
 
-# ---- What the discriminator's heads see -----------------------------------------------------------------
-
-
-def heads_table(args):
-    """Trains discriminators with both, only spatial or only temporal heads to tell real clips of the toy
-    world from two kinds of fakes: the teacher's blurred one-step samples, and real clips with their frames
-    shuffled, each frame of which is real. Hinge loss and accuracy on held-out clips; knowing nothing gives 2
-    and 50 %."""
-    device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
-    vae, image_encoder, unet = (load(args.model, dtype=dtype, device=device) for load in (
-        model.load_vae, model.load_image_encoder, model.load_unet))
-    shape = unet.config["num_frames"], 8 * unet.config["sample_size"]
-    generator, sets = torch.Generator(device).manual_seed(args.seed), []
-    for seed, count in ((args.seed, args.train_clips), (args.seed + data.HELD_OUT, args.held_out)):
-        latents = data.toy_latents(vae, image_encoder, seed, count, *shape, device)
-        blurred = []
-        for numbers in torch.arange(count).split(32):
-            x0, cond = latents.take(numbers)                                                # b f c h w
-            x_t = solver.SIGMA_MAX * torch.randn(x0.shape, generator=generator, device=device)
-            with torch.no_grad():
-                blurred.append(solver.consistency(unet, x_t, solver.SIGMA_MAX, cond))
-        real = latents.take(torch.arange(count))[0]                                         # n f c h w
-        order = torch.rand(real.shape[:2], generator=generator, device=device).argsort(dim=1)       # n f
-        shuffled = torch.stack([clip[i] for clip, i in zip(real, order)])
-        sets.append({"real": real, "one-step teacher": torch.cat(blurred), "shuffled frames": shuffled})
-    train, test = sets
-
-    rows = []
-    for fake in ("one-step teacher", "shuffled frames"):
-        for heads in (("spatial", "temporal"), ("spatial",), ("temporal",)):
-            torch.manual_seed(args.seed)
-            features = DinoFeatures(load_dino(Path(args.model) / "dinov2").to(device, dtype))
-            disc = Discriminator(features, heads).to(device)
-            weights = [p for p in disc.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(weights, lr=args.learning_rate, betas=(0.0, 0.99))
-            for _ in range(args.steps):
-                pick = torch.randint(args.train_clips, (2, args.disc_batch_size), generator=generator,
-                                     device=device)
-                loss = losses.hinge_d(disc(train["real"][pick[0]]), disc(train[fake][pick[1]]))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            disc.eval()
-            with torch.no_grad():
-                logits = [torch.cat([disc(x) for x in test[kind].split(32)])
-                          for kind in ("real", fake)]                                       # n k each
-            right = ((logits[0].mean(1) > 0).float().mean() + (logits[1].mean(1) < 0).float().mean()) / 2
-            rows.append({"fake": fake, "heads": " + ".join(heads), "hinge": losses.hinge_d(*logits).item(),
-                         "accuracy": right.item()})
-            print(f"{fake:20}{rows[-1]['heads']:22}hinge {rows[-1]['hinge']:.2f}   "
-                  f"accuracy {rows[-1]['accuracy']:.0%}", flush=True)
-    return {"rows": rows}
-
-
 # ---- The paper's tables ---------------------------------------------------------------------------------
 
-# How each student is made: flags of train_stage1.py, flags of train_stage2.py, None for a stage left out.
+# How each student is made: flags of train_stage1.py, flags of train_stage2.py, None for a stage left out. All
+# begin with BUDGET. Who has one stage alone, or a cheaper step, takes as many as fill the same time: steps of
+# 80 ms in stage 1 and 131 in stage 2, those of m = 1 111, of AnimateLCM 43, of SF-V 48 (one H100).
+BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 50 --checkpointing_steps 100" \
+    " --validation_steps 10000 --validation_teacher_steps 1"
 RUNS = {
     "osv": ("", ""),
-    "stage 1 only": ("", None),
-    "stage 2 only": (None, ""),
-    "m = 1": ("", "--num_solver_steps 1"),
+    "stage 1 alone": ("--max_train_steps 820", None),
+    "stage 2 alone": (None, "--max_train_steps 500"),
+    "m = 1": ("", "--num_solver_steps 1 --max_train_steps 410"),
     "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"),
     "theta^- for real": ("", "--real ema"),
+    "guided teacher": ("", "--guidance 1 1.5 2 2.5"),
     "sub-pixel": ("--discriminator subpixel", "--discriminator subpixel"),
     "pixel (VAE decoder)": ("--discriminator pixel", "--discriminator pixel"),
     "unet": ("--discriminator unet", "--discriminator unet"),
     "stage 1 at half size": ("--width 64 --height 64", ""),
     "stage 2 at half size": ("", "--width 64 --height 64"),
-    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all"),
-    "SF-V": ("--discriminator unet --train all", None),
+    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps 1530"),
+    "SF-V": ("--discriminator unet --train all --max_train_steps 1370", None),
 }
 
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
@@ -356,15 +309,16 @@ TABLE1 = [
     ("osv", "2", 181.95)]
 TABLE2 = {
     "a": [("m = 1", "tts", 332.25), ("osv", "tts", 171.15)],
-    "b": [("stage 2 only", "tts", 221.75), ("osv", "tts", 171.15)],
-    "c": [("stage 1 only", "2", 298.35), ("stage 1 only", "tts", 234.13), ("osv", "tts", 171.15)],
+    "b": [("stage 2 alone", "tts", 221.75), ("osv", "tts", 171.15)],
+    "c": [("stage 1 alone", "2", 298.35), ("stage 1 alone", "tts", 234.13), ("osv", "tts", 171.15)],
     "d": [("no adversarial loss", "tts", 405.41), ("osv", "tts", 171.15)],
     "e": [("pixel (VAE decoder)", "tts", 232.25), ("unet", "tts", None), ("sub-pixel", "tts", None),
           ("osv", "tts", 171.15)],
     "f": [("osv", "1 cfg 3.0", 531.23), ("osv", "1 cfg 1.5", 426.71), ("osv", "1", 335.36)],
     "g": [("stage 1 at half size", "1", 455.35), ("osv", "1", 388.86)],
     "h": [("stage 2 at half size", "tts", 171.15), ("osv", "tts", 181.95)],
-    "real": [(run, name, None) for run in ("theta^- for real", "osv") for name in ("1", "tts")],
+    "ours": [(run, name, None) for run in ("theta^- for real", "guided teacher", "osv")
+             for name in ("1", "tts")],
     "tts": [("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")],
 }
 PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped tts"
@@ -388,26 +342,45 @@ def how(name, teacher, guidance):
     return steps, steps, lambda net, cond, generators: sampler.sample(net, cond, sigmas, generators)
 
 
+BUSY = defaultdict(threading.Lock)                      # folders in which one of several threads has a run
+
+
 def trained(run, seed, args):
-    """Trains what a run needs, unless it is there -> (the folder with its UNet, seconds of training)."""
-    seconds, folder, before = 0.0, None, "none"
-    for stage, flags in enumerate(RUNS[run], start=1):
+    """Trains what a run needs, unless it is there -> (the folder with its UNet, seconds of training, which
+    nobody knows if several runs share the GPU)."""
+    seconds, before = 0.0, "none"
+    for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
         if flags is None:
             continue
-        # Runs that begin with the same stage 1 share it.
-        name = f"stage1 {flags}" if stage == 1 else f"stage2 {RUNS[run][0]} then {flags}"
-        folder = args.work / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{seed}"
-        command = [sys.executable, f"train_stage{stage}.py", "--model", args.model, "--seed", str(seed),
-                   "--output_dir", os.fspath(folder), *flags.split()]
-        command += args.stage1.split() if stage == 1 else ["--stage1", before, *args.stage2.split()]
-        if not (folder / "merged" / "config.json").exists():
-            print(" ".join(command), flush=True)
-            if subprocess.run(command, cwd=Path(__file__).parent).returncode:
-                raise model.ModelError(f"{run}: training failed, see above")
+        words = [f"train_stage{stage}.py", "--model", args.model, "--seed", str(seed), *budget.split(),
+                 *flags.split(), *(["--stage1", before] if stage == 2 else [])]    # the last of a flag counts
+        # Named by the command: runs that begin with the same stage 1 share it.
+        folder = args.work / hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+        with BUSY[folder]:
+            if not (folder / "merged" / "config.json").exists():
+                words += ["--output_dir", os.fspath(folder)]
+                print(*words, flush=True)
+                if subprocess.run([sys.executable, *words], cwd=Path(__file__).parent).returncode:
+                    raise model.ModelError(f"{run}: training failed, see above")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        seconds += sum(row["s_per_step"] for row in rows) * rows[0]["step"]
+        # Of the steps alone: the first interval has the compilation of kernels in it, too.
+        seconds += sorted(row["s_per_step"] for row in rows)[len(rows) // 2] * rows[-1]["step"]
         before = os.fspath(folder)
-    return folder / "merged", seconds
+    return folder / "merged", seconds if args.jobs == 1 else None
+
+
+def finished(protocol, args):
+    """The rows that --report already has, if --resume asks for them. Raises ModelError if they were made by
+    another protocol."""
+    if not (args.resume and args.report and args.report.exists()):
+        return []
+    earlier = model.read_json(args.report)
+    differ = [f"{key} was {earlier['protocol'].get(key)}, is {value}" for key, value in protocol.items()
+              if earlier["protocol"].get(key) != value]
+    if differ:
+        raise model.ModelError(f"{args.report} has another protocol: {'; '.join(differ)}. Leave out "
+                               "--resume, or choose another --report")
+    return earlier["rows"]
 
 
 def compare(rows, args):
@@ -425,7 +398,9 @@ def compare(rows, args):
     reference = open_reference(args, vae, image_encoder, detector, num_frames, width, height, device)
     protocol = {"detector": Path(path).name, "detector_sha256": fingerprint(detector),
                 "data": args.data, "clips": args.num_clips, "frames": num_frames, "fps": 7,
-                "size": [width, height], "seed": args.seed}
+                "size": [width, height], "seed": args.seed, "guidance": args.guidance}
+    if args.what in ("table1", "table2"):
+        protocol |= {"stage1": args.stage1, "stage2": args.stage2}
     print("protocol:", json.dumps(protocol))
     if len(reference.features) <= reference.features.shape[1]:
         print(f"evaluate.py: {len(reference.features)} clips are too few for {reference.features.shape[1]} "
@@ -436,13 +411,21 @@ def compare(rows, args):
         clips = data.toy_clips(world, numbers, num_frames, height, device, motion_seed=world + 1 + seed)
         return clips.frames, 0
 
-    results, shown = [], [reference.frames[:3]]
-    for run, name, paper in rows if args.data == "toy" else [row for row in rows if row != FLOOR]:
-        for seed in args.seeds if run in RUNS else args.seeds[:1]:
-            net, steps, nfe, generate = teacher, 0, 0, other_futures
-            there = sampler.STUDENT if run == "shipped" else run
-            student, seconds = trained(run, seed, args) if run in RUNS else (there, None)
+    results, shown = finished(protocol, args), [reference.frames[:3]]
+    there = {(row["run"], row["sampler"], row["seed"]) for row in results}
+    rows = [(run, name, paper, seed) for run, name, paper in rows
+            for seed in (args.seeds if run in RUNS else args.seeds[:1])
+            if (run, name, seed) not in there and (args.data == "toy" or run != "real")]
+    pool = ThreadPoolExecutor(args.jobs)                # trains what comes next while a row is measured
+    students = {key: pool.submit(trained, *key, args)
+                for key in dict.fromkeys((run, seed) for run, _, _, seed in rows if run in RUNS)}
+    try:
+        for run, name, paper, seed in rows:
+            net, steps, nfe, generate, seconds = teacher, 0, 0, other_futures, None
             if run not in ("teacher", "real"):
+                student = sampler.STUDENT if run == "shipped" else run              # or a path, of `fvd`
+                if run in RUNS:
+                    student, seconds = students[run, seed].result()
                 net = model.load_student(student, model.load_unet(args.model, dtype=dtype, device=device))
             if run != "real":
                 steps, nfe, draw = how(name, run == "teacher", tuple(args.guidance))
@@ -455,10 +438,12 @@ def compare(rows, args):
                   f"{figures['diversity']:.3f}", flush=True)
             if seed == args.seeds[0] and (args.what in ("fvd", "table2") or f"{run} {name}" in PICTURED):
                 shown.append(frames[:3])
-            if args.report:                             # what is done is on the disk
-                model.write_json(args.report, {"protocol": protocol, **record(args), "rows": results})
-                sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1     # (n rows) f 3 H W
+            if args.report:                                 # what is done is on the disk
+                model.write_json(args.report, {**record(args), "protocol": protocol, "rows": results})
+                sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1         # (n rows) f 3 H W
                 data.save_sheet(sheet, args.report.with_suffix(".jpg"), shrink=2)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return {"protocol": protocol, "rows": results}
 
 
@@ -477,17 +462,17 @@ def readme(root=Path(__file__).parent):
 
 def markdown(result):
     """The result of `compare` -> a table, a line per row over all its training seeds, and how it was made."""
-    lines = ["| | sampler | NFE | toy-FVD | s per clip | sharpness | diversity | motion | paper's FVD |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    shown = {"seconds": ".3f", "sharpness": ".2f", "diversity": ".3f", "motion": ".2f", "first_psnr": ".1f"}
+    lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
+             "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for run, name in dict.fromkeys((row["run"], row["sampler"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["run"], row["sampler"]) == (run, name)]
-        mean = {key: sum(row[key] for row in rows) / len(rows)
-                for key in ("fvd", "seconds", "sharpness", "diversity", "motion")}
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("fvd", *shown)}
         low = min(row["fvd"] - row["interval"] for row in rows)
         high = max(row["fvd"] + row["interval"] for row in rows)
-        lines.append(f"| {run} | {name} | {rows[0]['nfe']} | {mean['fvd']:.1f} ({low:.0f} to {high:.0f}) | "
-                     f"{mean['seconds']:.3f} | {mean['sharpness']:.2f} | {mean['diversity']:.3f} | "
-                     f"{mean['motion']:.2f} | {rows[0]['paper'] or ''} |")
+        lines.append(f"| {run} | {name} | {rows[0]['nfe']} | {mean['fvd']:.1f} ({low:.1f} to {high:.1f}) | "
+                     f"{rows[0]['paper'] or ''} | "
+                     + " | ".join(f"{mean[key]:{digits}}" for key, digits in shown.items()) + " |")
     protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
     seeds = sorted({row["seed"] for row in result["rows"]})
     return "\n".join(lines) + (
@@ -520,7 +505,7 @@ def record(args):
 def parse_args(argv=None):
     parser = engine.command_line("Measure quality.")
     flag = parser.add_argument
-    flag("what", choices=["fvd", "student", "table1", "table2", "heads", "readme"],
+    flag("what", choices=["fvd", "student", "table1", "table2", "readme"],
          help="see the top of this file")
     flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder or hub id: the teacher")
     flag("--seed", type=int, default=0, help="of clips and noise")
@@ -539,15 +524,12 @@ def parse_args(argv=None):
     group("--sampler", default="1", help='fvd: how it samples: "25", "1", "tts", "1 cfg 1.5", ..')
     group("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="table2: which of its rows")
     group("--seeds", type=int, nargs="+", default=[0, 1], help="tables: training seeds")
+    group("--resume", action="store_true", help="keep the rows that --report already has")
     group("--work", type=Path, default="out/tables", help="tables: where students are trained, and kept")
-    group("--stage1", default="", help='tables: more flags for train_stage1.py, "--max_train_steps 300"')
-    group("--stage2", default="", help="tables: the same for train_stage2.py")
-    group = parser.add_argument_group("heads").add_argument
-    group("--steps", type=int, default=300, help="training steps of each discriminator")
-    group("--disc_batch_size", type=int, default=16, help="real clips per step, and as many fakes")
-    group("--learning_rate", type=float, default=1e-3, help="of the discriminator")
-    group("--train_clips", type=int, default=1024, help="clips to train on")
-    group("--held_out", type=int, default=256, help="clips to measure on")
+    group("--stage1", default="--max_train_steps 250" + BUDGET, help="tables: flags for each train_stage1.py")
+    group("--stage2", default="--max_train_steps 350" + BUDGET, help="tables: the same for train_stage2.py")
+    group("--jobs", type=engine.positive, default=1,
+          help="tables: trainings at a time; with one, it is known how long each takes")
     return parser.parse_args(argv)
 
 
@@ -558,7 +540,7 @@ def main():
     with engine.refusing():
         if args.what == "readme":
             return readme()
-        result = heads_table(args) if args.what == "heads" else compare(rows[args.what], args)
+        result = compare(rows[args.what], args)
     if args.report:
         model.write_json(args.report, {**record(args), **result})
 

@@ -137,7 +137,7 @@ LEFT_OUT = {
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
     "python evaluate.py student --report ...": "a GPU, and minutes",
     "python bench.py nets ...": "a GPU",
-    "python evaluate.py heads ...": "a GPU; tests/test_discriminator.py has a small one",
+    "python exercises/heads.py ...": "a GPU; tests/test_discriminator.py has a small one",
     "python bench.py kernel ...": "a GPU",
     # Here it makes no sense
     "make test": "is what runs this test",

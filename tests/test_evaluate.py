@@ -2,6 +2,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT
 from einops import rearrange
 from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model
 
 import data
 import evaluate
@@ -33,9 +35,15 @@ def test_distance_is_the_formula_with_scipys_square_root():
     assert evaluate.frechet_distance(real, fake) == pytest.approx(expected, rel=1e-9)
 
 
-def test_interval_covers_what_other_draws_give():
+@pytest.mark.parametrize("shared", [0.0, 3.0])
+def test_interval_covers_what_other_draws_give(shared):
+    """Also where real and generated clips have a picture in common, and with it most of what is by chance."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: (torch.randn(400, 3, generator=generator), torch.randn(400, 3, generator=generator) + 1)
+
+    def draw():
+        picture, real, fake = torch.randn(3, 400, 3, generator=generator)
+        return shared * picture + real, shared * picture + fake + 1
+
     distances = torch.tensor([evaluate.frechet_distance(*draw()) for _ in range(100)])
     half = evaluate.interval(*draw(), rounds=200)
     assert half == pytest.approx(1.96 * distances.std().item(), rel=0.4)
@@ -105,7 +113,7 @@ def test_fvd_of_one_way_of_sampling(command, small, tmp_path):
     result = json.loads(report.read_text())
     assert result["protocol"] == json.loads(run.stdout.split("protocol: ")[1].splitlines()[0])
     assert set(result["protocol"]) == {
-        "detector", "detector_sha256", "data", "clips", "frames", "fps", "size", "seed"}
+        "detector", "detector_sha256", "data", "clips", "frames", "fps", "size", "seed", "guidance"}
     row, = result["rows"]
     assert row["nfe"] == 2 and row["steps"] == 1 and np.isfinite(
         [row[key] for key in ("fvd", "interval", "sharpness", "diversity", "first_psnr", "motion")]).all()
@@ -166,6 +174,45 @@ def test_samplers_by_name(small):
     assert len({tuple(x.flatten()[:4].tolist()) for x in results.values()}) == len(results)
 
 
+def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkeypatch, capsys):
+    """Two seeds of a student at a time; what a report has is kept, if it was made in the same way."""
+    folder, _ = small
+    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=28,
+                             patch_size=14)).save_pretrained(folder / "dinov2")
+    monkeypatch.setattr(evaluate, "RUNS", {"quick": (None, "--adv_weight 0 --num_solver_steps 1")})
+    monkeypatch.setattr(evaluate, "TABLE1", [
+        ("teacher", "1", 9.0), ("quick", "1", 8.0), ("quick", "tts", None)])
+    monkeypatch.setattr(sys, "executable", python)
+    report = tmp_path / "table1.json"
+    stage2 = ("--preset toy_cpu --max_train_steps 2 --batch_size 1 --num_clips 2 --width 32 --height 32 "
+              "--log_steps 1 --lora_rank 4 --validation_teacher_steps 1")
+    settings = {"model": folder, "device": "cpu", "width": 64, "height": 64, "work": tmp_path / "work",
+                "report": report, "stage2": stage2}
+
+    def table1(*flags):
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "table1", *words, *map(str, flags)])
+        evaluate.main()
+        return json.loads(report.read_text())["rows"]
+
+    rows = table1("--num_clips", 3, "--jobs", 2)
+    assert [(row["run"], row["sampler"], row["seed"]) for row in rows] == [
+        ("teacher", "1", 0), *(("quick", name, seed) for name in ("1", "tts") for seed in (0, 1))]
+    assert all(row["training_seconds"] is None for row in rows)             # two shared the machine
+    assert rows[1]["fvd"] != rows[2]["fvd"] and len(list((tmp_path / "work").iterdir())) == 2
+    earlier = json.loads(report.read_text())
+    model.write_json(report, earlier | {"rows": rows[:-1]})
+    capsys.readouterr()
+    *same, last = table1("--num_clips", 3, "--resume")
+    assert same == rows[:-1] and last["fvd"] == rows[-1]["fvd"] and last["training_seconds"] > 0
+    said = capsys.readouterr().out
+    assert said.count("NFE") == 1 and "train_stage" not in said             # the students were there
+    with pytest.raises(SystemExit):
+        table1("--num_clips", 4, "--resume")
+    assert f"{report} has another protocol: clips was 3, is 4" in capsys.readouterr().err
+    assert json.loads(report.read_text())["rows"] == [*same, last]
+
+
 def test_tables_name_runs_and_samplers_that_exist():
     rows = evaluate.SHIPPED + evaluate.TABLE1 + [row for rows in evaluate.TABLE2.values() for row in rows]
     for run, name, paper in rows:
@@ -181,7 +228,8 @@ def test_tables_name_runs_and_samplers_that_exist():
 
 def test_readme_tables_come_from_the_results(tmp_path):
     row = {"run": "osv", "sampler": "1", "seed": 0, "steps": 1, "nfe": 1, "paper": 335.36, "fvd": 40.0,
-           "interval": 4.0, "seconds": 0.01, "sharpness": 1.0, "diversity": 0.1, "motion": 0.9}
+           "interval": 4.0, "seconds": 0.01, "sharpness": 1.0, "diversity": 0.1, "motion": 0.9,
+           "first_psnr": 31.0}
     rows = [row, {**row, "seed": 1, "fvd": 50.0}, {**row, "run": "teacher", "sampler": "8", "nfe": 16},
             {**row, "run": "real", "sampler": "other futures", "nfe": 0}]
     model.write_json(tmp_path / "results" / "table1.json", {
@@ -191,7 +239,7 @@ def test_readme_tables_come_from_the_results(tmp_path):
     evaluate.readme(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n<!-- table1 -->\n|") and text.endswith("<!-- end -->\nafter\n")
-    assert "| osv | 1 | 1 | 45.0 (36 to 54) | 0.010 | 1.00 | 0.100 | 0.90 | 335.36 |" in text
+    assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
     assert "old" not in text and "clips 3" in text
     evaluate.readme(tmp_path)
     assert (tmp_path / "README.md").read_text() == text                     # again is the same
