@@ -3,6 +3,7 @@
     $ python bench.py kernel --report results/kernel.json       # upsample + normalise, on a CUDA GPU
     $ python bench.py nets sample --report results/bench.json   # SVD at full size, random weights
     $ python bench.py nets sample --compile                     # and with torch.compile
+    $ python bench.py memory                                    # what sampler.py needs, and can do with less
     $ python bench.py train                                     # iterations of both stages
     $ python bench.py videos --report results/videos.json       # decoding, on the CPU
     $ python bench.py all --size toy --device cpu               # the toy networks, anywhere
@@ -18,6 +19,7 @@ the same run. Of the networks: TFLOP are counted on the first call, and the shar
 matrix product, measured in the same run.
 """
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -139,11 +141,13 @@ def kernel(args):
 # ---- networks and samplers ------------------------------------------------------------------------------
 
 
-def measure(name, fn, args):
-    """fn() -> a row: median milliseconds, TFLOP, share of the matmul ceiling, peak memory. Too little memory
-    is a result, too."""
+def measure(name, fn, args, *networks):
+    """fn() -> a row: median milliseconds, TFLOP, share of the matmul ceiling, peak memory: of the networks it
+    needs and of all that it makes, not of what else is there. Too little memory is a result, too."""
     cuda, row, times = args.device.startswith("cuda"), {"what": name}, []
     wait = torch.cuda.synchronize if cuda else lambda: None
+    own = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
+    others = torch.cuda.memory_allocated() - own if cuda else 0
     try:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             fn()
@@ -161,7 +165,7 @@ def measure(name, fn, args):
     row["tflop"] = counter.get_total_flops() / 1e12
     row["ms"] = sorted(times[args.warmup:])[args.repeats // 2]
     row["share"] = row["tflop"] / row["ms"] * 1e3 / args.ceiling
-    row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    row["memory_gib"] = (torch.cuda.max_memory_allocated() - others) / 2**30 if cuda else None
     print(f"{name:58}{row['ms']:9.1f} ms {row['tflop']:8.2f} TFLOP {row['share']:5.0%}"
           + (f" {row['memory_gib']:6.1f} GiB" if cuda else ""), flush=True)
     if args.profile:
@@ -233,16 +237,16 @@ def nets(args):
         if args.compile:
             for net in (unet, vae.encoder, vae.decoder):
                 net.compile(dynamic=False)
-        yield measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args)
-        yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args)
-        yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args)
-        yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args)
+        yield measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args, unet)
+        yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args, vae)
+        yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args, vae)
+        yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args, unet)
         if name.startswith("ours"):
             unet.set_checkpointing(True)
         else:
             unet.enable_gradient_checkpointing()
             unet.train()
-        yield measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args)
+        yield measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args, unet)
 
 
 def sample(args):
@@ -264,7 +268,7 @@ def sample(args):
                           ("1 step + TTS", partial(sampler.sample, tts=True), 2),
                           ("25 guided", partial(sampler.sample_teacher, guidance=(1.0, 3.0)), 25)):
         yield measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
-                      torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args)
+                      torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args, unet, vae)
     if args.diffusers:
         from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
         scheduler = EulerDiscreteScheduler(
@@ -282,7 +286,7 @@ def sample(args):
                 f"diffusers: image to frames, {k} step{'s guided' * (k > 1)}", lambda k=k, high=high: pipe(
                     image, args.height, args.width, f, num_inference_steps=k, min_guidance_scale=1.0,
                     max_guidance_scale=high, output_type="pt",
-                    decode_chunk_size=args.decode_chunk_size or f), args)
+                    decode_chunk_size=args.decode_chunk_size or f), args, their_unet, their_vae)
 
 
 def tell(what, **figures):
@@ -290,11 +294,13 @@ def tell(what, **figures):
     return {"what": what, **figures}
 
 
-# ---- training -------------------------------------------------------------------------------------------
+# ---- the scripts themselves -----------------------------------------------------------------------------
 
 
 def random_pipeline(folder, args):
-    """SVD's architecture with random weights, a DINOv2 ViT-S, and a few videos of noise."""
+    """The folder, with SVD's architecture, random weights, and a DINOv2 ViT-S. For --size toy the toy's."""
+    if args.size == "toy":
+        return sampler.TOY
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
     unet, vae, _ = networks(args, torch.device("cpu"), torch.float16)
     model.save_unet(unet, folder / "unet", torch.float16)
@@ -305,36 +311,54 @@ def random_pipeline(folder, args):
         projection_dim=1024, hidden_act="gelu")).half().save_pretrained(folder / "image_encoder")
     Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)).save_pretrained(
         folder / "dinov2")
-    for i in range(4):
-        noise = F.interpolate(torch.rand(60, 3, args.height // 8, args.width // 8), scale_factor=8)  # f 3 H W
-        sampler.save_video(noise * 2 - 1, folder / "videos" / f"{i}.mp4", 24)
+    return folder
+
+
+def run(*command):
+    """Runs a script -> (what it printed, {}), or (None, {"error": the last line of its complaint})."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    return (None, {"error": done.stderr.strip().splitlines()[-1]}) if done.returncode else (done.stdout, {})
+
+
+def memory(args):
+    """sampler.py itself, one step with Time Travel: its GPU memory with less and less of it at hand."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = random_pipeline(Path(folder), args)
+        for flags in ("", "--decode_chunk_size 2", "--decode_chunk_size 2 --offload"):
+            said, figures = run(
+                "sampler.py", "--image", model.ASSETS / "input.png", "--model", pipeline, "--student",
+                pipeline / "unet", "--device", args.device, "--width", args.width, "--height", args.height,
+                "--num_frames", args.num_frames, "--out", Path(folder) / "out.gif", *flags.split())
+            if said:
+                seconds, gb = re.search(r"([\d.]+) s, ([\d.]+) GB", said).groups()
+                figures = {"s_with_loading": float(seconds), "memory_gib": float(gb) * 1e9 / 2**30}
+            yield tell(f"sampler.py {flags}".strip(), **figures)
 
 
 def train(args):
-    """Iterations of the scripts themselves, one clip per process."""
-    stages = [(1, kind, args.width, args.height) for kind in ("latent", "subpixel", "pixel", "unet")]
+    """Iterations of both stages, one clip per process."""
+    stages = [(1, kind, args.width, args.height) for kind in args.discriminators]
     stages.append((2, "latent", min(576, args.width), min(320, args.height)))
     with tempfile.TemporaryDirectory() as folder:
-        folder, pipeline = Path(folder), sampler.TOY
-        common = ["--preset", "toy_cpu", "--num_clips", "8"]
+        folder = Path(folder)
+        pipeline = random_pipeline(folder, args)
+        common = ["--preset", "toy_cpu", "--num_clips", 8]
         if args.size == "full":
-            pipeline = folder
-            random_pipeline(folder, args)
             common = ["--preset", "paper", "--data", folder / "videos", "--dino", folder / "dinov2"]
+            for i in range(4):
+                noise = torch.rand(60, 3, args.height // 8, args.width // 8)
+                frames = F.interpolate(noise * 2 - 1, scale_factor=8)                       # f 3 H W
+                sampler.save_video(frames, folder / "videos" / f"{i}.mp4", 24)
         for stage, kind, width, height in stages:
             out = folder / f"{stage}-{kind}"
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.gpus,
+            said, figures = run(
+                "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.gpus,
                 f"train_stage{stage}.py", *common, "--model", pipeline, "--output_dir", out, "--width", width,
                 "--height", height, "--batch_size", args.gpus, "--discriminator", kind, "--log_steps", 3,
-                "--max_train_steps", 9, "--validation_steps", 99, "--validation_teacher_steps", 1]
-            if stage == 2:
-                command += ["--stage1", "none"]
-            run = subprocess.run(list(map(str, command)), capture_output=True, text=True,
-                                 cwd=Path(__file__).parent)
-            if run.returncode:
-                figures = {"error": run.stderr.strip().splitlines()[-1]}
-            else:
+                "--max_train_steps", 9, "--validation_steps", 99, "--validation_teacher_steps", 1,
+                *(["--stage1", "none"] if stage == 2 else []))
+            if said:
                 last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
                 figures = {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
                            "memory_gib": last["memory_gb"] * 1e9 / 2**30}
@@ -383,7 +407,8 @@ def main():
     parser = engine.command_line(
         "Measure speed and memory: the fused kernel, the networks, sampling, training, videos.")
     flag = parser.add_argument
-    parts = {"kernel": kernel, "nets": nets, "sample": sample, "train": train, "videos": videos}
+    parts = {"kernel": kernel, "nets": nets, "sample": sample, "memory": memory, "train": train,
+             "videos": videos}
     flag("what", nargs="+", choices=[*parts, "all"], help="one or several, see the top of this file")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     flag("--size", choices=["full", "toy"], default="full", help="of the networks: SVD's, or the toy world's")
@@ -395,6 +420,7 @@ def main():
     flag("--compile", action="store_true", help="torch.compile the networks")
     flag("--profile", action="store_true", help="print where the time goes")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")
+    flag("--discriminators", nargs="+", default=["latent", "subpixel", "pixel", "unet"], help="of stage 1")
     flag("--gpus", type=engine.positive, default=1, help="train: processes, one clip each")
     flag("--repeats", type=engine.positive, default=5, help="timed runs")
     flag("--warmup", type=engine.positive, default=2, help="runs before them")
