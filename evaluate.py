@@ -11,7 +11,7 @@
     $ python evaluate.py student --report results/student.json  # the one in assets/, beside its teacher
     $ python evaluate.py table1 --report results/table1.json
     $ python evaluate.py table2 --rows a b --report results/table2.json
-    $ python evaluate.py readme                             # the README's tables and its plot, from results/
+    $ python results/readme.py                              # the README's tables and plot, from results/
 
 FVD (Unterthiner et al., arXiv 1812.01717) is the Frechet distance between real and generated clips in the
 space of the 400 logits of an I3D network trained on Kinetics. The toy world has its own classifier, which
@@ -21,7 +21,6 @@ different detectors, or of other numbers of clips, do not compare, so each comes
 
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -447,53 +446,6 @@ def compare(rows, args):
     return {"protocol": protocol, "rows": results}
 
 
-def readme(root=Path(__file__).parent):
-    """Writes what lies in results/ into the README, between marks like <!-- table1 --> and <!-- end -->."""
-    text = (root / "README.md").read_text()
-    for name in ("student", "table1", "table2"):
-        file, mark = root / "results" / f"{name}.json", f"<!-- {name} -->\n"
-        if file.exists() and mark in text:
-            before, rest = text.split(mark, 1)
-            text = before + mark + markdown(model.read_json(file)) + rest[rest.index("<!-- end -->"):]
-    (root / "README.md").write_text(text)
-    if (root / "results" / "table1.json").exists():
-        plot(model.read_json(root / "results" / "table1.json")["rows"], root / "results" / "table1_nfe.png")
-
-
-def markdown(result):
-    """The result of `compare` -> a table, a line per row over all its training seeds, and how it was made."""
-    shown = {"seconds": ".3f", "sharpness": ".2f", "diversity": ".3f", "motion": ".2f", "first_psnr": ".1f"}
-    lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
-             "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for run, name in dict.fromkeys((row["run"], row["sampler"]) for row in result["rows"]):
-        rows = [row for row in result["rows"] if (row["run"], row["sampler"]) == (run, name)]
-        mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("fvd", *shown)}
-        low = min(row["fvd"] - row["interval"] for row in rows)
-        high = max(row["fvd"] + row["interval"] for row in rows)
-        lines.append(f"| {run} | {name} | {rows[0]['nfe']} | {mean['fvd']:.1f} ({low:.1f} to {high:.1f}) | "
-                     f"{rows[0]['paper'] or ''} | "
-                     + " | ".join(f"{mean[key]:{digits}}" for key, digits in shown.items()) + " |")
-    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
-    seeds = sorted({row["seed"] for row in result["rows"]})
-    return "\n".join(lines) + (
-        f"\n\n`{result['command']}` on {result['device']}, {result['date']}. Protocol: {protocol}. Training "
-        f"seeds {seeds}: mean, and from the lowest to the highest end of their 95 % intervals.\n")
-
-
-def plot(rows, out, width=640, height=360, margin=48):
-    """FVD against network evaluations into a PNG, both axes logarithmic, a line per model."""
-    from PIL import Image
-    lines = {}
-    for row in sorted(rows, key=lambda row: row["nfe"]):
-        if row["seed"] == rows[0]["seed"] and row["nfe"]:               # real clips need none
-            label = f"{row['run']} {row['sampler']}: {row['fvd']:.0f}"
-            lines.setdefault(row["run"], []).append((math.log(row["nfe"]), math.log(row["fvd"]), label))
-    image = Image.new("RGB", (width, height), "white")
-    engine.draw_chart(image, (margin, margin, width - 3 * margin, height - margin),
-                      "toy-FVD over network evaluations, both logarithmic", list(lines.values()))
-    image.save(out)
-
-
 def record(args):
     here = os.fspath(Path(__file__).parent) + os.sep                # whose disk it was is nobody's business
     settings = json.dumps(vars(args), default=str).replace(here, "")
@@ -505,8 +457,7 @@ def record(args):
 def parse_args(argv=None):
     parser = engine.command_line("Measure quality.")
     flag = parser.add_argument
-    flag("what", choices=["fvd", "student", "table1", "table2", "readme"],
-         help="see the top of this file")
+    flag("what", choices=["fvd", "student", "table1", "table2"], help="see the top of this file")
     flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder or hub id: the teacher")
     flag("--seed", type=int, default=0, help="of clips and noise")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
@@ -538,8 +489,6 @@ def main():
     rows = {"fvd": [(args.student or "teacher", args.sampler, None)], "student": SHIPPED, "table1": TABLE1,
             "table2": [FLOOR, *(row for name in args.rows for row in TABLE2[name])]}
     with engine.refusing():
-        if args.what == "readme":
-            return readme()
         result = compare(rows[args.what], args)
     if args.report:
         model.write_json(args.report, {**record(args), **result})

@@ -17,6 +17,7 @@ from transformers import Dinov2Config, Dinov2Model
 import data
 import evaluate
 import model
+import results.readme
 import sampler
 import solver
 
@@ -230,17 +231,30 @@ def test_readme_tables_come_from_the_results(tmp_path):
     row = {"run": "osv", "sampler": "1", "seed": 0, "steps": 1, "nfe": 1, "paper": 335.36, "fvd": 40.0,
            "interval": 4.0, "seconds": 0.01, "sharpness": 1.0, "diversity": 0.1, "motion": 0.9,
            "first_psnr": 31.0}
-    rows = [row, {**row, "seed": 1, "fvd": 50.0}, {**row, "run": "teacher", "sampler": "8", "nfe": 16},
+    teacher = {**row, "run": "teacher", "nfe": 16}
+    rows = [row, {**row, "seed": 1, "fvd": 50.0}, {**teacher, "sampler": "1", "fvd": 59.0},
+            {**teacher, "sampler": "2", "fvd": 58.0}, {**teacher, "sampler": "8", "fvd": 31.0},
             {**row, "run": "real", "sampler": "other futures", "nfe": 0}]
     model.write_json(tmp_path / "results" / "table1.json", {
         "protocol": {"clips": 3}, "rows": rows, "command": "python evaluate.py table1", "device": "cpu",
         "date": "today", "settings": {"seeds": [0, 1]}})
-    (tmp_path / "README.md").write_text("before\n<!-- table1 -->\nold\n<!-- end -->\nafter\n")
-    evaluate.readme(tmp_path)
+    (tmp_path / "README.md").write_text("before\n<!-- table1 -->\nstale\n<!-- end -->\nafter\n"
+                                        "<!-- orderings -->\n<!-- end -->\n")
+    results.readme.main(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n<!-- table1 -->\n|") and text.endswith("<!-- end -->\nafter\n")
+    assert text.startswith("before\n<!-- table1 -->\n|") and "stale" not in text and "clips 3" in text
+    assert "<!-- end -->\nafter\n<!-- orderings -->\n|" in text
     assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
-    assert "old" not in text and "clips 3" in text
-    evaluate.readme(tmp_path)
+    for steps, fvd, verdict in ((1, "59.0 (55.0 to 63.0)", "yes"), (8, "31.0 (27.0 to 35.0)", "the reverse"),
+                                (2, "58.0 (54.0 to 62.0)", "not told apart")):
+        line = f"| one step beats {steps} of the teacher | 45.0 (36.0 to 54.0) | {fvd} | {verdict} |"
+        assert line in text, text
+    results.readme.main(tmp_path)
     assert (tmp_path / "README.md").read_text() == text                     # again is the same
     assert (tmp_path / "results" / "table1_nfe.png").stat().st_size > 0
+
+
+def test_orderings_are_of_rows_that_the_tables_have():
+    tables = [evaluate.TABLE1, *evaluate.TABLE2.values()]
+    measured = {row[:2] for rows in tables for row in rows}
+    assert all(measured.issuperset(keys) for _, *keys in results.readme.ORDERINGS)
