@@ -137,7 +137,10 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     eigendecompositions in float64 do, also for singular covariances (fewer clips than features). The estimate
     is biased upwards for few clips: compare only distances of equal n.
     """
-    real, fake = features_real.detach().double().cpu(), features_fake.detach().double().cpu()       # n d
+    real, fake = (x.detach() for x in (features_real, features_fake))                               # n d
+    if real.device.type == "mps":                                               # which has no float64
+        real, fake = real.cpu(), fake.cpu()
+    real, fake = real.double(), fake.double()
     cov_real, cov_fake = (torch.atleast_2d(torch.cov(x.T, correction=1)) for x in (real, fake))     # d d
     values, vectors = torch.linalg.eigh(cov_real)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                                         # d d
@@ -154,7 +157,7 @@ def interval(features_real: Tensor, features_fake: Tensor, rounds: int = 40, see
     are farther apart."""
     generator, n = torch.Generator().manual_seed(seed), len(features_real)
     draws = (torch.randint(n, (n,), generator=generator) for _ in range(rounds))
-    return 1.96 * torch.tensor([frechet_distance(features_real.cpu()[i], features_fake.cpu()[i])
+    return 1.96 * torch.tensor([frechet_distance(features_real[i], features_fake[i])
                                 for i in draws]).std().item()
 
 
@@ -273,15 +276,15 @@ def displacement(frames, colours, device="cpu", sharpness=60.0):
 # ---- The paper's tables ---------------------------------------------------------------------------------
 
 # How each student is made: flags of train_stage1.py, flags of train_stage2.py, None for a stage left out. All
-# begin with BUDGET. Who has one stage alone, or a cheaper step, takes as many as fill the same time: steps of
-# 80 ms in stage 1 and 131 in stage 2, those of m = 1 111, of AnimateLCM 43, of SF-V 48 (one H100).
+# begin with BUDGET. Who has one stage alone, or a cheaper step, takes as many as fill the same time: a step of
+# 32 clips takes 80 ms in stage 1 and 131 in stage 2, with m = 1 111, AnimateLCM's 43, SF-V's 48 (one H100).
 BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 50 --checkpointing_steps 100" \
     " --validation_steps 10000 --validation_teacher_steps 1"
 RUNS = {
     "osv": ("", ""),
-    "stage 1 alone": ("--max_train_steps 820", None),
-    "stage 2 alone": (None, "--max_train_steps 500"),
-    "m = 1": ("", "--num_solver_steps 1 --max_train_steps 410"),
+    "stage 1 alone": ("--max_train_steps 610", None),
+    "stage 2 alone": (None, "--max_train_steps 370"),
+    "m = 1": ("", "--num_solver_steps 1 --max_train_steps 295"),
     "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"),
     "theta^- for real": ("", "--real ema"),
     "guided teacher": ("", "--guidance 1 1.5 2 2.5"),
@@ -290,8 +293,8 @@ RUNS = {
     "unet": ("--discriminator unet", "--discriminator unet"),
     "stage 1 at half size": ("--width 64 --height 64", ""),
     "stage 2 at half size": ("", "--width 64 --height 64"),
-    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps 1530"),
-    "SF-V": ("--discriminator unet --train all --max_train_steps 1370", None),
+    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps 1130"),
+    "SF-V": ("--discriminator unet --train all --max_train_steps 1010", None),
 }
 
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
@@ -429,12 +432,13 @@ def compare(rows, args):
             if run != "real":
                 steps, nfe, draw = how(name, run == "teacher", tuple(args.guidance))
                 generate = by_sampler(partial(draw, net), vae, reference, device)
+            began = time.perf_counter()
             frames, figures = measure(generate, detector, reference, args.seed, args.batch_size)
             results.append({"run": run, "sampler": name, "seed": seed, "steps": steps, "nfe": nfe,
                             "paper": paper, "training_seconds": seconds, **figures})
             print(f"{run:24}{name:15}seed {seed}  NFE {nfe:3}  FVD {figures['fvd']:8.2f} +- "
                   f"{figures['interval']:.2f}  sharpness {figures['sharpness']:.2f}  diversity "
-                  f"{figures['diversity']:.3f}", flush=True)
+                  f"{figures['diversity']:.3f}  measured in {time.perf_counter() - began:.0f} s", flush=True)
             if seed == args.seeds[0] and (args.what in ("fvd", "table2") or f"{run} {name}" in PICTURED):
                 shown.append(frames[:3])
             if args.report:                                 # what is done is on the disk
@@ -477,8 +481,8 @@ def parse_args(argv=None):
     group("--seeds", type=int, nargs="+", default=[0, 1], help="tables: training seeds")
     group("--resume", action="store_true", help="keep the rows that --report already has")
     group("--work", type=Path, default="out/tables", help="tables: where students are trained, and kept")
-    group("--stage1", default="--max_train_steps 250" + BUDGET, help="tables: flags for each train_stage1.py")
-    group("--stage2", default="--max_train_steps 350" + BUDGET, help="tables: the same for train_stage2.py")
+    group("--stage1", default="--max_train_steps 200" + BUDGET, help="tables: flags for each train_stage1.py")
+    group("--stage2", default="--max_train_steps 250" + BUDGET, help="tables: the same for train_stage2.py")
     group("--jobs", type=engine.positive, default=1,
           help="tables: trainings at a time; with one, it is known how long each takes")
     return parser.parse_args(argv)
