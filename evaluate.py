@@ -275,9 +275,9 @@ def displacement(frames, colours, device="cpu", sharpness=60.0):
 
 # ---- The paper's tables ---------------------------------------------------------------------------------
 
-# How each student is made: flags of train_stage1.py, flags of train_stage2.py, None for a stage left out. All
-# begin with BUDGET. Who has one stage alone, or a cheaper step, takes as many as fill the same time: a step of
-# 32 clips takes 80 ms in stage 1 and 131 in stage 2, with m = 1 111, AnimateLCM's 43, SF-V's 48 (one H100).
+# How each student is made: flags of train_stage1.py, flags of train_stage2.py, None for a stage left out.
+# All begin with BUDGET. Who has one stage alone, or a cheaper step, takes as many as fill the same time: one
+# of 32 clips takes 80 ms in stage 1, 131 in stage 2, with m = 1 111, AnimateLCM's 43, SF-V's 48 (one H100).
 BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 50 --checkpointing_steps 100" \
     " --validation_steps 10000 --validation_teacher_steps 1"
 RUNS = {
