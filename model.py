@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision, clip_pixels
-from norm import GroupNorm, GroupNormSiLU, LayerNorm, frame_attention, geglu, residual
+from norm import GroupNorm, GroupNormSiLU, LayerNorm, add_tokens, frame_attention, geglu, residual
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 NORM_GROUPS = 32                                   # every GroupNorm of SVD
@@ -307,8 +307,7 @@ class SpatialTransformerBlock(nn.Module):
         self.ff = FeedForward(c)
 
     def forward(self, x, context):                                              # b f s c,  b 1 d
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(context)[:, None]                                    # b 1 1 c
+        x = add_tokens(x, self.attn1(self.norm1(x)), self.attn2(context)[:, 0])
         return x + self.ff(self.norm3(x))
 
 

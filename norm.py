@@ -245,12 +245,12 @@ if triton:
 
     @triton.jit
     def _residual_kernel(x, y, bias, scale, out, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """x + scale * (y + bias), a tile of a table per program; what is None is left out."""
-        _, _, count, c, start, row, at = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), ROWS, BLOCK)
+        """x + scale * (y + bias), a tile of a table per program, a row of bias per table, None is nothing."""
+        n, _, count, c, start, row, at = _piece(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), ROWS, BLOCK)
         there = row < count
         value = tl.load(y + start + at, there, 0.0).to(tl.float32)
         if bias is not None:
-            value += tl.load(bias + c).to(tl.float32)[None]
+            value += tl.load(bias + n * C + c).to(tl.float32)[None]
         if scale is not None:
             value *= tl.load(scale).to(tl.float32)
         if x is not None:
@@ -330,6 +330,22 @@ if triton:
         tl.store(grad_k + at, value.to(grad_k.dtype.element_ty), there)
 
 
+class Kernels(torch.autograd.Function):
+    """Kernels forward and backward. `run` is `apply`, but where no gradient is wanted it is forward alone:
+    what PyTorch notes down for the way back takes a processor 10 us a call."""
+
+    @classmethod
+    def run(cls, *args):
+        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(NoContext(), *args)
+
+
+class NoContext:
+    needs_input_grad = [False] * 7
+
+    def save_for_backward(self, *tensors):
+        pass
+
+
 def has_kernels(x, channels_last=False):
     """Whether x is computed on by the kernels, or else by the PyTorch expression."""
     return (triton and not torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64
@@ -346,7 +362,7 @@ def cut(x):
     return block, tile, rows, triton.cdiv(h * w, rows)
 
 
-class FusedGroupNorm(torch.autograd.Function):
+class FusedGroupNorm(Kernels):
     """The kernels, on channels-last CUDA tensors (and on CPU tensors in Triton's interpreter, as CI runs
     them). x is read twice forward, x and the gradient twice backward. The arithmetic is fp32."""
 
@@ -411,7 +427,7 @@ class GroupNorm(nn.GroupNorm):
         last = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
         if last and has_kernels(x):
             settings = self.num_groups, self.eps, self.silu
-            return FusedGroupNorm.apply(x, self.weight, self.bias, *settings, shift)
+            return FusedGroupNorm.run(x, self.weight, self.bias, *settings, shift)
         x = x if shift is None else x + shift[:, :, None, None]
         x = super().forward(x.contiguous())         # on a CPU, PyTorch's own lets squares cancel otherwise
         x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -424,14 +440,14 @@ class GroupNormSiLU(GroupNorm):
     silu = True
 
 
-def launch(kernel, size, C, *tensors):
-    """One program for each tile of a table of `size` numbers, rows of C."""
+def launch(kernel, size, C, *tensors, tables=1):
+    """One program for each tile of `tables` tables, `size` numbers together, rows of C."""
     block = min(C & -C, BLOCK)                      # the largest power of two that divides C
-    L, rows = size // C, TILE // block
-    kernel[triton.cdiv(L, rows) * (C // block),](*tensors, L, C, ROWS=rows, BLOCK=block)
+    L, rows = size // C // tables, TILE // block
+    kernel[tables * triton.cdiv(L, rows) * (C // block),](*tensors, L, C, ROWS=rows, BLOCK=block)
 
 
-class FusedResidual(torch.autograd.Function):
+class FusedResidual(Kernels):
     """The kernel, on channels-last tensors n c h w: tables of rows of c numbers. Nothing is kept for the way
     back, unless the scale trains. The arithmetic is fp32."""
 
@@ -439,8 +455,9 @@ class FusedResidual(torch.autograd.Function):
     def forward(ctx, x, y, bias, scale):
         last = dict(memory_format=torch.channels_last)
         assert y.is_contiguous(**last) and (x is None or x.is_contiguous(**last)), "not channels-last"
-        out = torch.empty_like(y)
-        launch(_residual_kernel, y.numel(), y.shape[1], x, y, bias, scale, out)
+        out, ctx.bias_per_table = torch.empty_like(y), bias is not None and bias.ndim == 2
+        launch(_residual_kernel, y.numel(), y.shape[1], x, y, bias if bias is None else bias.contiguous(),
+               scale, out, tables=len(y) if ctx.bias_per_table else 1)
         ctx.save_for_backward(scale, *((y, bias) if ctx.needs_input_grad[3] else ()))
         return out
 
@@ -451,26 +468,32 @@ class FusedResidual(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_y, grad_bias, grad_scale = grad, None, None
         if scale is not None:
-            grad_y = FusedResidual.apply(None, grad, None, scale)
+            grad_y = FusedResidual.run(None, grad, None, scale)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_y.sum((0, 2, 3))                                   # c
+            grad_bias = grad_y.sum((2, 3) if ctx.bias_per_table else (0, 2, 3))         # n c, or c
         if others:
-            grad_scale = (grad * FusedResidual.apply(None, *others, None)).sum().view_as(scale)
+            grad_scale = (grad * FusedResidual.run(None, *others, None)).sum().view_as(scale)
         return grad if ctx.needs_input_grad[0] else None, grad_y, grad_bias, grad_scale
 
 
+def add_tokens(x, y, row):
+    """x + y + row for tokens x and y [b f s c] and a row [b c] that is the same for all of a clip: residual,
+    which sees tokens as channels-last."""
+    return residual(x.movedim(-1, 1), y.movedim(-1, 1), row).movedim(1, -1)
+
+
 def residual(x, y, bias=None, scale=None):
-    """x + scale * (y + bias), with x and y [n c h w], bias [c] and scale [1], where they are given. It is one
-    pass over memory where has_kernels says so, and else the PyTorch expression."""
+    """x + scale * (y + bias), with x and y [n c h w], bias [c] or [n c] and scale [1], where they are given.
+    It is one pass over memory where has_kernels says so, and else the PyTorch expression."""
     if has_kernels(y, channels_last=True) and (x is None or has_kernels(x, channels_last=True)):
-        return FusedResidual.apply(x, y, bias, scale)
-    y = y if bias is None else y + bias[:, None, None]
+        return FusedResidual.run(x, y, bias, scale)
+    y = y if bias is None else y + bias[..., None, None]
     if scale is None:
         return y if x is None else x + y
     return scale * y if x is None else torch.addcmul(x, y, scale)
 
 
-class FusedLayerNorm(torch.autograd.Function):
+class FusedLayerNorm(Kernels):
     """The kernels. A program holds whole rows, so x is read once each way, and nothing else is kept. The
     arithmetic is fp32."""
 
@@ -510,11 +533,11 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         if has_kernels(x):
-            return FusedLayerNorm.apply(x, self.weight, self.bias, self.eps)
+            return FusedLayerNorm.run(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
 
-class FusedGEGLU(torch.autograd.Function):
+class FusedGEGLU(Kernels):
     """The kernels, on CUDA (or on CPU tensors in Triton's interpreter). x is read once forward, x and the
     gradient once backward, and nothing but x is kept in between. The arithmetic is fp32."""
 
@@ -540,12 +563,12 @@ def geglu(x):
     """x [.. 2d] -> its first half times gelu of the second, [.. d]. On CUDA it is the kernels; elsewhere, in
     fp64 and for torch.compile the PyTorch expression."""
     if has_kernels(x):
-        return FusedGEGLU.apply(x)
+        return FusedGEGLU.run(x)
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
 
 
-class FusedFrameAttention(torch.autograd.Function):
+class FusedFrameAttention(Kernels):
     """The kernels: softmax(q k^T / sqrt(c)) v among the frames of each pixel, q, k, v [b f s (a c)] as they
     are in memory. A program takes one head of one pixel, all of it at once. The arithmetic is fp32, but that
     factors of matrix products are as precise as q."""
@@ -578,7 +601,7 @@ def frame_attention(q, k, v, num_heads):
     has_kernels says so, frames are few and heads have no odd size it is the kernels, else the PyTorch
     expression."""
     if has_kernels(q) and q.shape[1] <= MAX_FRAMES and q.shape[3] // num_heads in (16, 32, 64):
-        return FusedFrameAttention.apply(q, k, v, num_heads)
+        return FusedFrameAttention.run(q, k, v, num_heads)
     b = len(q)
     q, k, v = (rearrange(x, "b f s (a c) -> (b s) a f c", a=num_heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "(b s) a f c -> b f s (a c)", b=b)

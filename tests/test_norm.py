@@ -547,15 +547,15 @@ def test_attention_kernel_takes_any_layout_of_inputs_and_gradients():
 
 # ---- residual connections -------------------------------------------------------------------------------
 
-RESIDUALS = [(joined, biased, scaled) for joined in (True, False) for biased in (True, False)
+RESIDUALS = [(joined, biased, scaled) for joined in (True, False) for biased in (True, "each", False)
              for scaled in (True, False)]
 
 
 def residual_inputs(shape, joined=True, biased=True, scaled=True):
-    """x and y, channels-last, bias and scale; what is not wanted is None."""
+    """x and y, channels-last, bias, for all or for each of n, and scale; what is not wanted is None."""
     x, bias, _ = inputs(shape)
     y, scale = inputs(shape)[0], torch.rand(1, device=DEVICE, requires_grad=True)
-    bias = torch.randn(shape[1], device=DEVICE, requires_grad=True)
+    bias = torch.randn(shape[:2] if biased == "each" else shape[1], device=DEVICE, requires_grad=True)
     return x if joined else None, y, bias if biased else None, scale if scaled else None
 
 
@@ -653,6 +653,8 @@ def test_transformers_with_kernels_are_those_in_fp64(monkeypatch):
         results.append((out, *torch.autograd.grad(out, wanted, grad.to(dtype))))
     for one, other in zip(*results):
         assert_close_relative(one, other, 1e-5)
+    with torch.no_grad():                                       # then the kernels of the way forward alone
+        assert torch.equal(net(x, 3, context), results[0][0])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="compares with PyTorch's GPU kernels")
