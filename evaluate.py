@@ -288,6 +288,7 @@ RUNS = {
     "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"),
     "theta^- for real": ("", "--real ema"),
     "guided teacher": ("", "--guidance 1 1.5 2 2.5"),
+    "all weights train": ("--train all", "--train all"),
     "sub-pixel": ("--discriminator subpixel", "--discriminator subpixel"),
     "pixel (VAE decoder)": ("--discriminator pixel", "--discriminator pixel"),
     "unet": ("--discriminator unet", "--discriminator unet"),
@@ -319,8 +320,8 @@ TABLE2 = {
     "f": [("osv", "1 cfg 3.0", 531.23), ("osv", "1 cfg 1.5", 426.71), ("osv", "1", 335.36)],
     "g": [("stage 1 at half size", "1", 455.35), ("osv", "1", 388.86)],
     "h": [("stage 2 at half size", "tts", 171.15), ("osv", "tts", 181.95)],
-    "ours": [(run, name, None) for run in ("theta^- for real", "guided teacher", "osv")
-             for name in ("1", "tts")],
+    "ours": [(run, name, None) for name in ("1", "tts")
+             for run in ("theta^- for real", "guided teacher", "all weights train", "osv")],
     "tts": [("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")],
 }
 PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped tts"
