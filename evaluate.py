@@ -416,14 +416,17 @@ def compare(rows, args):
 
     results, shown = finished(protocol, args), [reference.frames[:3]]
     there = {(row["run"], row["sampler"], row["seed"]) for row in results}
-    rows = [(run, name, paper, seed) for run, name, paper in rows
-            for seed in (args.seeds if run in RUNS else args.seeds[:1])
-            if (run, name, seed) not in there and (args.data == "toy" or run != "real")]
+    wanted = {}                                         # some stand in several rows, and are measured once
+    for run, name, paper in rows:
+        for seed in args.seeds if run in RUNS else args.seeds[:1]:
+            wanted.setdefault((run, name, seed), paper)
+    rows = [(*key, paper) for key, paper in wanted.items()
+            if key not in there and (args.data == "toy" or key[0] != "real")]
     pool = ThreadPoolExecutor(args.jobs)                # trains what comes next while a row is measured
     students = {key: pool.submit(trained, *key, args)
-                for key in dict.fromkeys((run, seed) for run, _, _, seed in rows if run in RUNS)}
+                for key in dict.fromkeys((run, seed) for run, _, seed, _ in rows if run in RUNS)}
     try:
-        for run, name, paper, seed in rows:
+        for run, name, seed, paper in rows:
             net, steps, nfe, generate, seconds = teacher, 0, 0, other_futures, None
             if run not in ("teacher", "real"):
                 student = sampler.STUDENT if run == "shipped" else run              # or a path, of `fvd`

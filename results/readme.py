@@ -15,6 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import engine  # noqa: E402
+import evaluate  # noqa: E402
 
 # What the paper's tables say: (in words, the better one, the worse one), each (run, sampler) of evaluate.py.
 ORDERINGS = [
@@ -42,17 +43,21 @@ def over_seeds(rows, run, name):
     return rows[0], mean, low, max(row["fvd"] + row["interval"] for row in rows)
 
 
-def markdown(result):
-    """A report of evaluate.py -> a table, a line per row over all its training seeds, and how it was made."""
+def markdown(result, listed=None):
+    """A report of evaluate.py -> a table, a line per row over all its training seeds, and how it was made.
+    listed: its lines, (what stands in front, run, sampler, the paper's FVD), where they are not the rows."""
+    rows = result["rows"]
+    measured = {(row["run"], row["sampler"]): row["paper"] for row in rows}
     lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
              "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for run, name in dict.fromkeys((row["run"], row["sampler"]) for row in result["rows"]):
-        first, mean, low, high = over_seeds(result["rows"], run, name)
-        lines.append(f"| {run} | {name} | {first['nfe']} | {mean['fvd']:.1f} ({low:.1f} to {high:.1f}) | "
-                     f"{first['paper'] or ''} | "
-                     + " | ".join(f"{mean[key]:{digits}}" for key, digits in SHOWN.items()) + " |")
+    for label, run, name, paper in listed or [("", *key, paper) for key, paper in measured.items()]:
+        if (run, name) in measured:
+            first, mean, low, high = over_seeds(rows, run, name)
+            cells = [label + run, name, first["nfe"], f"{mean['fvd']:.1f} ({low:.1f} to {high:.1f})",
+                     paper or "", *(f"{mean[key]:{digits}}" for key, digits in SHOWN.items())]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
-    seeds = sorted({row["seed"] for row in result["rows"]})
+    seeds = sorted({row["seed"] for row in rows})
     return "\n".join(lines) + (
         f"\n\n`{result['command']}` on {result['device']}, {result['date']}. Protocol: {protocol}. Training "
         f"seeds {seeds}: mean, and from the lowest to the highest end of their 95 % intervals.\n")
@@ -89,7 +94,8 @@ def main(root=ROOT):
     for name in ("student", "table1", "table2"):
         if (file := root / "results" / f"{name}.json").exists():
             found[name] = json.loads(file.read_text())
-            parts[name] = markdown(found[name])
+            rows = [(f"{letter}: ", *row) for letter, rows in evaluate.TABLE2.items() for row in rows]
+            parts[name] = markdown(found[name], rows if name == "table2" else None)
     if "table1" in found:
         plot(found["table1"]["rows"], root / "results" / "table1_nfe.png")
         rows = [row for name in ("table1", "table2") if name in found for row in found[name]["rows"]]

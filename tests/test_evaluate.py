@@ -235,16 +235,18 @@ def test_readme_tables_come_from_the_results(tmp_path):
     rows = [row, {**row, "seed": 1, "fvd": 50.0}, {**teacher, "sampler": "1", "fvd": 59.0},
             {**teacher, "sampler": "2", "fvd": 58.0}, {**teacher, "sampler": "8", "fvd": 31.0},
             {**row, "run": "real", "sampler": "other futures", "nfe": 0}]
-    model.write_json(tmp_path / "results" / "table1.json", {
-        "protocol": {"clips": 3}, "rows": rows, "command": "python evaluate.py table1", "device": "cpu",
-        "date": "today", "settings": {"seeds": [0, 1]}})
+    report = {"protocol": {"clips": 3}, "command": "python evaluate.py", "device": "cpu", "date": "today"}
+    model.write_json(tmp_path / "results" / "table1.json", report | {"rows": rows})
+    model.write_json(tmp_path / "results" / "table2.json", report | {"rows": [{**row, "sampler": "tts"}]})
     (tmp_path / "README.md").write_text("before\n<!-- table1 -->\nstale\n<!-- end -->\nafter\n"
-                                        "<!-- orderings -->\n<!-- end -->\n")
+                                        "<!-- table2 -->\n<!-- end -->\n<!-- orderings -->\n<!-- end -->\n")
     results.readme.main(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n<!-- table1 -->\n|") and "stale" not in text and "clips 3" in text
-    assert "<!-- end -->\nafter\n<!-- orderings -->\n|" in text
+    assert "\nafter\n<!-- table2 -->\n|" in text and "<!-- end -->\n<!-- orderings -->\n|" in text
     assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
+    for letter, paper in zip("abcdeh", 5 * [171.15] + [181.95]):                # the same row, where it stands
+        assert f"| {letter}: osv | tts | 1 | 40.0 (36.0 to 44.0) | {paper} | " in text
     for steps, fvd, verdict in ((1, "59.0 (55.0 to 63.0)", "yes"), (8, "31.0 (27.0 to 35.0)", "the reverse"),
                                 (2, "58.0 (54.0 to 62.0)", "not told apart")):
         line = f"| one step beats {steps} of the teacher | 45.0 (36.0 to 54.0) | {fvd} | {verdict} |"
