@@ -245,7 +245,7 @@ def test_readme_tables_come_from_the_results(tmp_path):
     assert text.startswith("before\n<!-- table1 -->\n|") and "stale" not in text and "clips 3" in text
     assert "\nafter\n<!-- table2 -->\n|" in text and "<!-- end -->\n<!-- orderings -->\n|" in text
     assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
-    for letter, paper in zip("abcdeh", 5 * [171.15] + [181.95]):                # the same row, where it stands
+    for letter, paper in zip("abcdeh", 5 * [171.15] + [181.95]):        # the same row, where it stands
         assert f"| {letter}: osv | tts | 1 | 40.0 (36.0 to 44.0) | {paper} | " in text
     for steps, fvd, verdict in ((1, "59.0 (55.0 to 63.0)", "yes"), (8, "31.0 (27.0 to 35.0)", "the reverse"),
                                 (2, "58.0 (54.0 to 62.0)", "not told apart")):
