@@ -183,7 +183,7 @@ def training_flags(description, presets):
     flag("--gradient_checkpointing", action=on_off, default=False,
          help="compute activations twice, keep none")
     flag("--cuda_graph", action=on_off, default=False, help="record a step once and replay it: fast where "
-         "networks are small; not with parts or checkpointing")
+         "networks are small; not with parts, and with checkpointing only the teacher's part of it")
     flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
          help="inside the networks")
     flag("--seed", type=int, default=0, help="of everything drawn")

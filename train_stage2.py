@@ -124,8 +124,7 @@ log = engine.Log(args.output_dir, world, step, args.batch_size)
 
 # ---- a step ---------------------------------------------------------------------------------------------
 
-record = engine.recorder(args.cuda_graph and device.type == "cuda" and part == share
-                         and not args.gradient_checkpointing)
+record = engine.recorder(args.cuda_graph and device.type == "cuda" and part == share)
 
 
 # ---- where the teacher's m steps lead, and what theta^- makes of that
@@ -184,7 +183,8 @@ def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
+if not args.gradient_checkpointing:
+    d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
 
 # ---- loop -----------------------------------------------------------------------------------------------
 
