@@ -165,25 +165,30 @@ def interval(features_real: Tensor, features_fake: Tensor, rounds: int = 40, see
 
 
 class Reference(NamedTuple):
-    """Real clips that nothing was trained on, and what each sampler is given of them. On the CPU."""
+    """Real clips that nothing was trained on: what is compared of them, and what each sampler is given."""
 
-    frames: Tensor              # n f 3 H W  uint8
-    cond: model.Cond            # of their first frames
+    ends: Tensor                # n 2 3 H W  uint8, on the CPU: first and last frame
+    shown: list                 # of f 3 H W, the same: the first clips, to look at
+    cond: model.Cond            # of their first frames, on the CPU
     features: Tensor            # n k
     colours: Tensor | None      # n p        toy world: which of data.COLOURS the shapes have
     moved: Tensor | None        # n          toy world: pixels per frame that they move
 
 
+SHOWN = 3                                               # clips in a picture
+
+
 @torch.no_grad()
 def open_reference(args, vae, image_encoder, detector, num_frames, width, height, device):
-    conds, frames, colours, numbers = [], [], [], torch.arange(args.num_clips)
+    conds, kept, shown = [], [], []
     if args.data != "toy":
         clips = data.Clips(data.open_files(args.data), args.seed, num_frames, width, height)
-    for part in numbers.split(args.batch_size):
+    for part in torch.arange(args.num_clips).split(args.batch_size):
+        colours = moved = None
         if args.data == "toy":
             batch = data.toy_clips(args.seed + data.HELD_OUT, part, num_frames, height, device)
             pixels, bucket = batch.frames, batch.motion_bucket_id
-            colours.append(batch.attributes[:, :len(data.COLOURS)].bool().cpu())
+            colours = batch.attributes[:, :len(data.COLOURS)].bool()                                # b p
         else:
             pixels = rearrange(clips.take(part), "b f h w c -> b f c h w").to(device).float() / 127.5 - 1
             bucket = torch.full((len(part),), 127, device=device)
@@ -192,12 +197,12 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
         cond = model.encode_condition(vae, image_encoder, pixels[:, 0], noise, num_frames=num_frames,
                                       fps=data.FPS, motion_bucket_id=bucket, noise_aug_strength=0.02)
         conds.append([x.float().cpu() for x in cond])
-        frames.append(to_bytes(pixels).cpu())
-    frames = torch.cat(frames)
-    colours = torch.cat(colours) if colours else None
-    moved = None if colours is None else displacement(frames, colours, device)
-    return Reference(frames, model.Cond(*map(torch.cat, zip(*conds))), video_features(detector, frames),
-                     colours, moved)
+        frames = to_bytes(pixels)
+        moved = None if colours is None else displacement(frames, colours)
+        kept.append((frames[:, [0, -1]].cpu(), video_features(detector, frames), colours, moved))
+        shown += frames[:SHOWN - len(shown)].cpu()
+    ends, features, colours, moved = (None if part[0] is None else torch.cat(part) for part in zip(*kept))
+    return Reference(ends, shown, model.Cond(*map(torch.cat, zip(*conds))), features, colours, moved)
 
 
 def by_sampler(draw, vae, reference, device):
@@ -216,7 +221,7 @@ def by_sampler(draw, vae, reference, device):
 
 def measure(generate, detector, reference, seed=0, batch_size=32):
     """generate(numbers [b], seed) -> frames [b f 3 H W] for the reference's clips of these numbers, seconds.
-    Returns the frames of all clips and
+    Returns the first SHOWN of them, uint8 on the CPU, and
 
     fvd, interval       Frechet distance to the real clips, and half a 95 % interval
     seconds             per clip, from noise to latents (the decoder is the same for all)
@@ -225,44 +230,48 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
     first_psnr          dB between the first frame and the picture that was given
     motion, follows     toy world: pixels per frame that shapes move, over the real ones', and its correlation
                         with the motion bucket that was asked for
+
+    Of a clip no more than these is kept: a thousand of SVD's size would fill 25 GB.
     """
-    clips, again, seconds = [], [], 0.0
-    for numbers in torch.arange(len(reference.frames)).split(batch_size):
+    features, figures, shown, seconds, n = [], defaultdict(list), [], 0.0, len(reference.ends)
+    edges = lambda x: x.float().diff(dim=-1).abs().mean((1, 2, 3))                          # b 3 H W -> b
+    for numbers in torch.arange(n).split(batch_size):
         frames, spent = generate(numbers, seed)
-        clips.append(to_bytes(frames).cpu())
-        seconds += spent
-        if numbers[0] < len(reference.frames) / 4:
-            again.append(to_bytes(generate(numbers, seed + 1)[0]).cpu())
-    frames, again, real = torch.cat(clips), torch.cat(again), reference.frames
-    edges = lambda x: x[:, -1].float().diff(dim=-1).abs().mean()
-    features = video_features(detector, frames)
-    first_error = (frames[:, 0].float() - real[:, 0].float()).square().mean()
-    figures = {"fvd": frechet_distance(reference.features, features),
-               "interval": interval(reference.features, features), "seconds": seconds / len(frames),
-               "sharpness": edges(frames) / edges(real),
-               "diversity": (frames[:len(again)].float() - again.float()).abs().mean() / 127.5,
-               "first_psnr": 10 * (255 ** 2 / first_error).log10()}
+        frames, seconds = to_bytes(frames), seconds + spent
+        first, last = reference.ends[numbers].to(frames.device).unbind(1)                   # b 3 H W each
+        features.append(video_features(detector, frames))
+        figures["edges"].append(edges(frames[:, -1]))
+        figures["real_edges"].append(edges(last))
+        figures["first_error"].append((frames[:, 0].float() - first.float()).square().mean((1, 2, 3)))
+        if numbers[0] < n / 4:
+            again = to_bytes(generate(numbers, seed + 1)[0])
+            figures["diversity"].append((frames.float() - again.float()).abs().mean((1, 2, 3, 4)) / 127.5)
+        if reference.colours is not None:
+            figures["moved"].append(displacement(frames, reference.colours[numbers]))
+        shown += frames[:SHOWN - len(shown)].cpu()
+    features, mean = torch.cat(features), {name: torch.cat(x).mean() for name, x in figures.items()}
+    result = {"fvd": frechet_distance(reference.features, features),
+              "interval": interval(reference.features, features), "seconds": seconds / n,
+              "sharpness": mean["edges"] / mean["real_edges"], "diversity": mean["diversity"],
+              "first_psnr": 10 * (255 ** 2 / mean["first_error"]).log10()}
     if reference.colours is not None:
-        moved = displacement(frames, reference.colours, next(detector.parameters()).device)
-        asked = reference.cond.time_ids[:, 1]
-        figures |= {"motion": moved.mean() / reference.moved.mean(),
-                    "follows": torch.corrcoef(torch.stack((moved, asked)))[0, 1]}
-    return frames, {name: float(value) for name, value in figures.items()}
+        both = torch.stack((torch.cat(figures["moved"]).cpu(), reference.cond.time_ids[:, 1]))
+        result |= {"motion": mean["moved"] / reference.moved.mean(), "follows": torch.corrcoef(both)[0, 1]}
+    return shown, {name: float(value) for name, value in result.items()}
 
 
-def displacement(frames, colours, device="cpu", sharpness=60.0):
+def displacement(frames, colours, sharpness=60.0):
     """Clips uint8 [n f 3 H W], colours that their shapes have [n p] -> pixels per frame that shapes move [n].
 
     A shape is where the picture has its hue: a pixel counts by how close its direction in colour space is to
     the shape's, and by the fourth power of how far from grey it is, since backgrounds are paler. The shape's
     centre is the mean place.
     """
-    palette = torch.tensor(data.COLOURS, device=device)                                             # p 3
+    palette = torch.tensor(data.COLOURS, device=frames.device)                                      # p 3
     palette = F.normalize(palette - palette.mean(dim=1, keepdim=True), dim=1)
-    y, x = (torch.arange(side, device=device).float() for side in frames.shape[-2:])
+    y, x = (torch.arange(side, device=frames.device).float() for side in frames.shape[-2:])
     moved = []
     for clip, shown in zip(frames, colours):                                    # one by one: little memory
-        clip, shown = clip.to(device), shown.to(device)
         rgb = clip.float() - clip.float().mean(dim=1, keepdim=True)                                 # f 3 H W
         along = torch.einsum("fchw,pc->pfhw", rgb, palette[shown])
         cosine = along / rgb.norm(dim=1).clamp(min=1)
@@ -270,7 +279,7 @@ def displacement(frames, colours, device="cpu", sharpness=60.0):
         total = share.sum((2, 3)).clamp(min=1e-6)                                                   # p f
         centre = torch.stack((share.sum(2) @ x / total, share.sum(3) @ y / total), dim=-1)          # p f 2
         moved.append(centre.diff(dim=1).norm(dim=-1).mean())
-    return torch.stack(moved).cpu()
+    return torch.stack(moved)
 
 
 # ---- The paper's tables ---------------------------------------------------------------------------------
@@ -414,7 +423,7 @@ def compare(rows, args):
         clips = data.toy_clips(world, numbers, num_frames, height, device, motion_seed=world + 1 + seed)
         return clips.frames, 0
 
-    results, shown = finished(protocol, args), [reference.frames[:3]]
+    results, shown = finished(protocol, args), [reference.shown]                        # of lists of f 3 H W
     there = {(row["run"], row["sampler"], row["seed"]) for row in results}
     wanted = {}                                         # some stand in several rows, and are measured once
     for run, name, paper in rows:
@@ -444,10 +453,10 @@ def compare(rows, args):
                   f"{figures['interval']:.2f}  sharpness {figures['sharpness']:.2f}  diversity "
                   f"{figures['diversity']:.3f}  measured in {time.perf_counter() - began:.0f} s", flush=True)
             if seed == args.seeds[0] and (args.what in ("fvd", "table2") or f"{run} {name}" in PICTURED):
-                shown.append(frames[:3])
+                shown.append(frames)
             if args.report:                                 # what is done is on the disk
                 model.write_json(args.report, {**record(args), "protocol": protocol, "rows": results})
-                sheet = torch.stack(shown, dim=1).flatten(0, 1).float() / 127.5 - 1         # (n rows) f 3 H W
+                sheet = torch.stack([clip for clips in zip(*shown) for clip in clips]).float() / 127.5 - 1
                 data.save_sheet(sheet, args.report.with_suffix(".jpg"), shrink=2)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -138,16 +138,17 @@ def test_figures_do_not_depend_on_the_batch(small):
     folder, unet = small
     vae, image_encoder = model.load_vae(folder), model.load_image_encoder(folder)
     detector = evaluate.load_detector(folder / "i3d")
-    args = evaluate.parse_args(["fvd", "--num_clips", "5", "--batch_size", "2"])
+    args = evaluate.parse_args(["fvd", "--num_clips", "3", "--batch_size", "2"])
     device, frames = torch.device("cpu"), []
     reference = evaluate.open_reference(args, vae, image_encoder, detector, 4, 64, 64, device)
     _, _, draw = evaluate.how("2", False, None)
     generate = evaluate.by_sampler(partial(draw, unet), vae, reference, device)
-    for batch_size in (2, 5):
+    for batch_size in (2, 3):
         x, figures = evaluate.measure(generate, detector, reference, batch_size=batch_size)
+        x = torch.stack(x)
         frames.append(x.float())
     assert (frames[0] - frames[1]).abs().max() <= 1                         # a rounding of the last bit
-    perfect = reference._replace(features=evaluate.video_features(detector, x), frames=x,
+    perfect = reference._replace(features=evaluate.video_features(detector, x), ends=x[:, [0, -1]],
                                  moved=evaluate.displacement(x, reference.colours))
     _, figures = evaluate.measure(generate, detector, perfect)
     assert figures["fvd"] == pytest.approx(0, abs=1e-3) and figures["sharpness"] == pytest.approx(1, abs=1e-3)
