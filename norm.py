@@ -2,7 +2,7 @@
 
     GroupNorm, GroupNormSiLU    nn.GroupNorm, its parameters and their names; and silu of the result
     LayerNorm                   nn.LayerNorm likewise
-    residual                    x + scale * (y + bias), what a residual block ends in
+    residual, add_tokens        x + scale * (y + bias), what a residual block ends in; the same for tokens
     geglu                       the gate of the feed-forwards: half the columns times gelu of the other half
     frame_attention             attention among the frames of each pixel
     Fused..                     the kernels of each; has_kernels says where they are used
