@@ -88,7 +88,7 @@ TYPED = {
         Typed(fails="NotImplementedError"),
     "python -c ...": Typed(says=r"\d"),
     "python exercises/between.py --out between.jpg": Typed(
-        "between.jpg between.json", "mean of 1: teacher", "--clips 1 --places 3 --solver_steps 1"),
+        "between.jpg between.json", r"mean of \d: teacher", "--clips 1 --places 3 --solver_steps 1"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
     "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
                                         fails="Trying to backward through the graph a second time"),
