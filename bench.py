@@ -420,7 +420,8 @@ def main():
     flag("--compile", action="store_true", help="torch.compile the networks")
     flag("--profile", action="store_true", help="print where the time goes")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")
-    flag("--discriminators", nargs="+", default=["latent", "subpixel", "pixel", "unet"], help="of stage 1")
+    flag("--discriminators", nargs="+", default=["latent", "subpixel", "pixel", "unet"],
+         help="train: those of stage 1")
     flag("--gpus", type=engine.positive, default=1, help="train: processes, one clip each")
     flag("--repeats", type=engine.positive, default=5, help="timed runs")
     flag("--warmup", type=engine.positive, default=2, help="runs before them")

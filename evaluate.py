@@ -137,10 +137,8 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     eigendecompositions in float64 do, also for singular covariances (fewer clips than features). The estimate
     is biased upwards for few clips: compare only distances of equal n.
     """
-    real, fake = (x.detach() for x in (features_real, features_fake))                               # n d
-    if real.device.type == "mps":                                               # which has no float64
-        real, fake = real.cpu(), fake.cpu()
-    real, fake = real.double(), fake.double()
+    device = "cpu" if features_real.device.type == "mps" else features_real.device          # no float64 there
+    real, fake = (x.detach().to(device).double() for x in (features_real, features_fake))           # n d
     cov_real, cov_fake = (torch.atleast_2d(torch.cov(x.T, correction=1)) for x in (real, fake))     # d d
     values, vectors = torch.linalg.eigh(cov_real)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                                         # d d
@@ -184,7 +182,7 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
     if args.data != "toy":
         clips = data.Clips(data.open_files(args.data), args.seed, num_frames, width, height)
     for part in torch.arange(args.num_clips).split(args.batch_size):
-        colours = moved = None
+        colours = None
         if args.data == "toy":
             batch = data.toy_clips(args.seed + data.HELD_OUT, part, num_frames, height, device)
             pixels, bucket = batch.frames, batch.motion_bucket_id

@@ -332,7 +332,7 @@ if triton:
 
 class Kernels(torch.autograd.Function):
     """Kernels forward and backward. `run` is `apply`, but where no gradient is wanted it is forward alone:
-    what PyTorch notes down for the way back takes a processor 10 us a call."""
+    what PyTorch notes down for the way back takes a processor about 10 us a call."""
 
     @classmethod
     def run(cls, *args):
@@ -340,7 +340,9 @@ class Kernels(torch.autograd.Function):
 
 
 class NoContext:
-    needs_input_grad = [False] * 7
+    """The ctx of a forward that has no way back: it keeps nothing."""
+
+    needs_input_grad = [False] * 7                  # as many as the longest list of arguments has
 
     def save_for_backward(self, *tensors):
         pass

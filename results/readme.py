@@ -91,11 +91,12 @@ def plot(rows, out, width=640, height=360, margin=48):
 
 def main(root=ROOT):
     text, found, parts = (root / "README.md").read_text(), {}, {}
+    # Some samplers stand in several rows of the paper's second table.
+    table2 = [(f"{letter}: ", *row) for letter, rows in evaluate.TABLE2.items() for row in rows]
     for name in ("student", "table1", "table2"):
         if (file := root / "results" / f"{name}.json").exists():
             found[name] = json.loads(file.read_text())
-            rows = [(f"{letter}: ", *row) for letter, rows in evaluate.TABLE2.items() for row in rows]
-            parts[name] = markdown(found[name], rows if name == "table2" else None)
+            parts[name] = markdown(found[name], table2 if name == "table2" else None)
     if "table1" in found:
         plot(found["table1"]["rows"], root / "results" / "table1_nfe.png")
         rows = [row for name in ("table1", "table2") if name in found for row in found[name]["rows"]]
