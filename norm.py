@@ -60,11 +60,11 @@ if triton:
         return 0.0 if shift is None else tl.load(shift + n * C + c).to(tl.float32)
 
     @triton.jit
-    def _moments_kernel(x, shift, means, squares, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    def _moments_kernel(x, shift, moments, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                         AT_ONCE: tl.constexpr):
-        """Each column of a chunk: its mean, which the shift moves, and the sum of squared deviations from it,
-        which stays. Sums are of deviations from a pivot, the mean of the first rows, so that nothing cancels
-        where the mean is large."""
+        """Each column of a chunk: its mean, which the shift moves, and C further on the sum of squared
+        deviations from it, which stays. Sums are of deviations from a pivot, the mean of the first rows, so
+        that nothing cancels where the mean is large."""
         n, first, count, c, start, row, at = _piece(tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
         pivot = tl.load(x + at, row < count, 0.0).to(tl.float32)
@@ -79,9 +79,9 @@ if triton:
                 square += value * value
             x += ROWS * AT_ONCE * C
         total, square = tl.sum(total, axis=0), tl.sum(square, axis=0)
-        at = (n * chunks + first // rows) * C + c
-        tl.store(means + at, pivot + total / count + _shift(shift, n, c, C))
-        tl.store(squares + at, square - total * total / count)
+        moments += (n * chunks + first // rows) * 2 * C + c
+        tl.store(moments, pivot + total / count + _shift(shift, n, c, C))
+        tl.store(moments + C, square - total * total / count)
 
     @triton.jit
     def _rows_of(chunk, column, L, rows, chunks, size):
@@ -90,49 +90,51 @@ if triton:
         return there, tl.where(there, tl.minimum(rows, L - chunk * rows), 0)
 
     @triton.jit
-    def _statistics_kernel(means, squares, mean, rstd, eps, L, C, rows, chunks, size,
+    def _statistics_kernel(moments, statistics, eps, L, C, rows, chunks, size,
                            CHUNKS: tl.constexpr, SIZE: tl.constexpr):
-        """One program: the mean of a group, `size` columns, and one over its standard deviation, from the
-        moments of the chunks. Again about a pivot first; then the mean of all is known."""
+        """One program: the mean of a group, `size` columns, and beside it one over its standard deviation,
+        from the moments of the chunks. Again about a pivot first; then the mean of all is known."""
         program = tl.program_id(0)
         groups = C // size
-        at = (program // groups).to(tl.int64) * chunks * C + program % groups * size
+        moments += (program // groups).to(tl.int64) * chunks * 2 * C + program % groups * size
         chunk, column = tl.arange(0, CHUNKS)[:, None], tl.arange(0, SIZE)[None]
-        pivot = tl.load(means + at)
+        pivot = tl.load(moments)
         total, square = tl.zeros([CHUNKS, SIZE], tl.float32), tl.zeros([CHUNKS, SIZE], tl.float32)
         for done in range(0, chunks, CHUNKS):
             there, count = _rows_of(done + chunk, column, L, rows, chunks, size)
-            total += count * (tl.load(means + at + (done + chunk) * C + column, there, 0.0) - pivot)
+            total += count * (tl.load(moments + (done + chunk) * 2 * C + column, there, 0.0) - pivot)
         centre = pivot + tl.sum(total) / L / size
         for done in range(0, chunks, CHUNKS):
             there, count = _rows_of(done + chunk, column, L, rows, chunks, size)
-            away = tl.load(means + at + (done + chunk) * C + column, there, 0.0) - centre
-            square += tl.load(squares + at + (done + chunk) * C + column, there, 0.0) + count * away * away
+            of_chunk = moments + (done + chunk) * 2 * C + column
+            away = tl.load(of_chunk, there, 0.0) - centre
+            square += tl.load(of_chunk + C, there, 0.0) + count * away * away
         variance = tl.maximum(tl.sum(square) / L / size, 0.0)
-        tl.store(mean + program, centre)
-        tl.store(rstd + program, 1 / tl.sqrt(variance + eps))
+        tl.store(statistics + 2 * program, centre)
+        tl.store(statistics + 2 * program + 1, 1 / tl.sqrt(variance + eps))
 
     @triton.jit
     def _of_columns(values, n, c, C, size):
-        """One number per group -> that of each column, 1 BLOCK."""
-        return tl.load(values + n * (C // size) + c // size)[None]
+        """Two numbers per group -> those of each column, 1 BLOCK each."""
+        values += 2 * (n * (C // size) + c // size)
+        return tl.load(values)[None], tl.load(values + 1)[None]
 
     @triton.jit
-    def _normalisation(shift, weight, bias, mean, rstd, n, c, C, size):
+    def _normalisation(shift, weight, bias, statistics, n, c, C, size):
         """Of each column, 1 BLOCK: what to subtract, what to multiply by, weight, bias."""
-        centre = _of_columns(mean, n, c, C, size) - _shift(shift, n, c, C)
+        mean, rstd = _of_columns(statistics, n, c, C, size)
         weight, bias = tl.load(weight + c).to(tl.float32)[None], tl.load(bias + c).to(tl.float32)[None]
-        return centre, _of_columns(rstd, n, c, C, size), weight, bias
+        return mean - _shift(shift, n, c, C), rstd, weight, bias
 
     @triton.jit
-    def _forward_kernel(x, shift, weight, bias, mean, rstd, out, L, C, rows, chunks, size,
+    def _forward_kernel(x, shift, weight, bias, statistics, out, L, C, rows, chunks, size,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
         """Last chunk first: it is what the moments' kernel has left in the cache."""
         n, first, count, c, start, row, at = _piece(
             tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
         out += start
-        centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
+        centre, scale, weight, bias = _normalisation(shift, weight, bias, statistics, n, c, C, size)
         for done in range(0, count, ROWS):
             there = row < count - done
             value = (tl.load(x + at, there, 0.0).to(tl.float32) - centre) * (scale * weight) + bias
@@ -154,14 +156,14 @@ if triton:
         return x, grad
 
     @triton.jit
-    def _sums_kernel(x, grad, shift, weight, bias, mean, rstd, sums, L, C, rows, chunks, size,
+    def _sums_kernel(x, grad, shift, weight, bias, statistics, sums, L, C, rows, chunks, size,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SILU: tl.constexpr):
         """Each column of a chunk: the sum of the gradient in front of the SiLU, and behind all of these the
         sums of it times the normalised input."""
         n, first, count, c, start, row, at = _piece(tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
         grad += start
-        centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
+        centre, scale, weight, bias = _normalisation(shift, weight, bias, statistics, n, c, C, size)
         plain, times_x = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
         for done in range(0, count, ROWS * AT_ONCE):
             for more in tl.static_range(AT_ONCE):
@@ -178,18 +180,18 @@ if triton:
         tl.store(sums + tl.num_programs(0) * BLOCK + at, tl.sum(times_x, axis=0))
 
     @triton.jit
-    def _backward_kernel(x, grad, shift, weight, bias, mean, rstd, plain, times_x, grad_x, L, C, rows, chunks,
-                         size, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
-        """The gradient of the input. `plain` and `times_x` are a group's sums, weights included: what the
-        gradient loses because mean and standard deviation move with the input."""
+    def _backward_kernel(x, grad, shift, weight, bias, statistics, of_group, grad_x, L, C, rows, chunks, size,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
+        """The gradient of the input. of_group: a group's two sums, weights included. What the gradient loses
+        because mean and standard deviation move with the input."""
         n, first, count, c, start, row, at = _piece(
             tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
         grad += start
         grad_x += start
-        centre, scale, weight, bias = _normalisation(shift, weight, bias, mean, rstd, n, c, C, size)
-        plain = _of_columns(plain, n, c, C, size) / L / size
-        times_x = _of_columns(times_x, n, c, C, size) / L / size
+        centre, scale, weight, bias = _normalisation(shift, weight, bias, statistics, n, c, C, size)
+        plain, times_x = _of_columns(of_group, n, c, C, size)
+        plain, times_x = plain / L / size, times_x / L / size
         for done in range(0, count, ROWS):
             there = row < count - done
             value, g = _before(tl.load(x + at, there, 0.0), tl.load(grad + at, there, 0.0),
@@ -354,14 +356,24 @@ def has_kernels(x, channels_last=False):
             and (not channels_last or x.is_contiguous(memory_format=torch.channels_last)))
 
 
+def cdiv(a, b):
+    """a / b rounded up. triton.cdiv takes a processor 4 us, and it is there for each launch."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The smallest that n fits in."""
+    return 1 << (n - 1).bit_length()
+
+
 def cut(x):
     """How the tables of x are cut: columns per program, rows per tile, rows per chunk, chunks per table."""
     n, c, h, w = x.shape
     block = min(c & -c, BLOCK)                      # the largest power of two that divides c
     tile = TILE // block
     chunks = max(1, PROGRAMS // max(1, n * c // block))
-    rows = triton.cdiv(triton.cdiv(h * w, chunks), tile) * tile
-    return block, tile, rows, triton.cdiv(h * w, rows)
+    rows = cdiv(cdiv(h * w, chunks), tile) * tile
+    return block, tile, rows, cdiv(h * w, rows)
 
 
 class FusedGroupNorm(Kernels):
@@ -374,44 +386,44 @@ class FusedGroupNorm(Kernels):
         assert x.is_contiguous(memory_format=torch.channels_last), f"strides {x.stride()}: not channels-last"
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         shift = None if shift is None else shift.contiguous()
-        wide = triton.next_power_of_2(size)
-        together = min(triton.next_power_of_2(chunks), max(1, 4 * TILE // wide))
-        means, squares = (x.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2))
-        mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
-        out = torch.empty_like(x)
-        _moments_kernel[grid](x, shift, means, squares, L, c, rows, chunks, ROWS=tile, BLOCK=block,
-                              AT_ONCE=AT_ONCE)
+        wide = power_of_2(size)
+        together = min(power_of_2(chunks), max(1, 4 * TILE // wide))
+        moments = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
+        statistics, out = x.new_empty(n, groups, 2, dtype=torch.float32), torch.empty_like(x)
+        _moments_kernel[grid](x, shift, moments, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
         _statistics_kernel[n * groups,](
-            means, squares, mean, rstd, eps, L, c, rows, chunks, size,
+            moments, statistics, eps, L, c, rows, chunks, size,
             CHUNKS=together, SIZE=wide, num_warps=max(1, min(8, together * wide // 128)))
-        _forward_kernel[grid](x, shift, weight, bias, mean, rstd, out, L, c, rows, chunks, size,
+        _forward_kernel[grid](x, shift, weight, bias, statistics, out, L, c, rows, chunks, size,
                               ROWS=2 * tile, BLOCK=block, SILU=silu)
         columns = None
         if shift is not None and ctx.needs_input_grad[6]:           # their means; the last chunk is shorter
-            columns = (rows * means.sum(1) - (rows * chunks - L) * means[:, -1]) / L           # n c
-        ctx.save_for_backward(x, shift, weight, bias, mean, rstd, columns)
+            means = moments[:, :, 0]                                                        # n chunks c
+            columns = (rows * means.sum(1) - (rows * chunks - L) * means[:, -1]) / L        # n c
+        ctx.save_for_backward(x, shift, weight, bias, statistics, columns)
         ctx.silu = silu
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, shift, weight, bias, mean, rstd, columns = ctx.saved_tensors
-        (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, mean.shape[1], cut(x)
+        x, shift, weight, bias, statistics, columns = ctx.saved_tensors
+        (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, statistics.shape[1], cut(x)
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         grad = grad.contiguous(memory_format=torch.channels_last)
         sums, grad_x = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
-        _sums_kernel[grid](x, grad, shift, weight, bias, mean, rstd, sums, L, c, rows, chunks, size,
+        _sums_kernel[grid](x, grad, shift, weight, bias, statistics, sums, L, c, rows, chunks, size,
                            ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE, SILU=ctx.silu)
         sums = sums.sum(2)                                                      # 2 n c
         weighted = (sums * weight).view(2, n, groups, size)
-        of_group = weighted.sum(3)                                              # 2 n groups
-        _backward_kernel[grid](x, grad, shift, weight, bias, mean, rstd, *of_group, grad_x, L, c, rows,
+        of_group = weighted.sum(3).movedim(0, 2).contiguous()                   # n groups 2
+        _backward_kernel[grid](x, grad, shift, weight, bias, statistics, of_group, grad_x, L, c, rows,
                                chunks, size, ROWS=tile, BLOCK=block, SILU=ctx.silu)
         grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
         grad_shift = None
         if columns is not None:                     # the sums of grad_x, from what is known of its columns
-            mean, rstd, plain, times_x = (t[..., None] for t in (mean, rstd, *of_group))       # n groups 1
+            mean, rstd = statistics.split(1, dim=2)                                         # n groups 1
+            plain, times_x = of_group.split(1, dim=2)
             away = (columns.view(n, groups, size) - mean) * rstd
             grad_shift = rstd * (weighted[0] - (plain + away * times_x) / size)                # n groups size
             grad_shift = grad_shift.view(n, c).to(shift.dtype)
@@ -446,7 +458,7 @@ def launch(kernel, size, C, *tensors, tables=1):
     """One program for each tile of `tables` tables, `size` numbers together, rows of C."""
     block = min(C & -C, BLOCK)                      # the largest power of two that divides C
     L, rows = size // C // tables, TILE // block
-    kernel[tables * triton.cdiv(L, rows) * (C // block),](*tensors, L, C, ROWS=rows, BLOCK=block)
+    kernel[tables * cdiv(L, rows) * (C // block),](*tensors, L, C, ROWS=rows, BLOCK=block)
 
 
 class FusedResidual(Kernels):
@@ -503,7 +515,7 @@ class FusedLayerNorm(Kernels):
     def forward(ctx, x, weight, bias, eps):
         x = x.contiguous()
         out, (L, C, tile) = torch.empty_like(x), FusedLayerNorm.table(x)
-        _layer_norm_kernel[triton.cdiv(L, tile["ROWS"]),](x, weight, bias, out, eps, L, C, **tile)
+        _layer_norm_kernel[cdiv(L, tile["ROWS"]),](x, weight, bias, out, eps, L, C, **tile)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return out
@@ -513,8 +525,8 @@ class FusedLayerNorm(Kernels):
     def backward(ctx, grad):
         (x, weight), grad_bias, grad_weight, sums = ctx.saved_tensors, None, None, None
         grad_x, (L, C, tile) = torch.empty_like(x), FusedLayerNorm.table(x)
-        rows = triton.cdiv(triton.cdiv(L, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
-        programs = triton.cdiv(L, max(1, rows))
+        rows = cdiv(cdiv(L, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
+        programs = cdiv(L, max(1, rows))
         if any(ctx.needs_input_grad[1:]):
             sums = x.new_empty(2, programs, C, dtype=torch.float32)
         _layer_norm_backward_kernel[programs,](
@@ -526,7 +538,7 @@ class FusedLayerNorm(Kernels):
     @staticmethod
     def table(x):
         """Number of rows, numbers of each, and what a program takes at once."""
-        width = triton.next_power_of_2(x.shape[-1])
+        width = power_of_2(x.shape[-1])
         return x.shape[:-1].numel(), x.shape[-1], dict(ROWS=max(1, TILE // width), WIDTH=width)
 
 
@@ -595,7 +607,7 @@ class FusedFrameAttention(Kernels):
     def launch(kernel, num_heads, q, *others):
         (b, f, s, c), width = q.shape, q.shape[3] // num_heads
         kernel[b * s * num_heads,](q, *others, width ** -0.5, f, s, c, WIDTH=width, num_warps=1,
-                                   FRAMES=max(16, triton.next_power_of_2(f)))       # of a matrix product
+                                   FRAMES=max(16, power_of_2(f)))       # of a matrix product
 
 
 def frame_attention(q, k, v, num_heads):
