@@ -20,6 +20,7 @@ matrix product, measured in the same run.
 """
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -141,16 +142,17 @@ def kernel(args):
 # ---- networks and samplers ------------------------------------------------------------------------------
 
 
-def measure(name, fn, args, *networks):
+def measure(name, fn, args, *networks, counted=None):
     """fn() -> a row: median milliseconds, TFLOP, share of the matmul ceiling, peak memory: of the networks it
-    needs and of all that it makes, not of what else is there. Too little memory is a result, too."""
+    needs and of all that it makes, not of what else is there. Too little memory is a result, too. counted:
+    the same as fn, where fn's arithmetic cannot be counted."""
     cuda, row, times = args.device.startswith("cuda"), {"what": name}, []
     wait = torch.cuda.synchronize if cuda else lambda: None
     own = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
     others = torch.cuda.memory_allocated() - own if cuda else 0
     try:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            fn()
+            (counted or fn)()
         for i in range(args.warmup + args.repeats):
             if i == args.warmup and cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -201,12 +203,13 @@ def networks(args, device, dtype):
 def theirs(unet, vae):
     """The same networks by diffusers, with the same weights."""
     import diffusers
-    twins = (diffusers.UNetSpatioTemporalConditionModel(**unet.config),
-             diffusers.AutoencoderKLTemporalDecoder(**vae.config))
+    weight = next(unet.parameters())
+    with weight.device:
+        twins = (diffusers.UNetSpatioTemporalConditionModel(**unet.config),
+                 diffusers.AutoencoderKLTemporalDecoder(**vae.config))
     for twin, net in zip(twins, (unet, vae)):
         twin.load_state_dict(net.state_dict())
-        parameter = next(net.parameters())
-        twin.to(parameter.device, parameter.dtype).eval().requires_grad_(False)
+        twin.to(weight.dtype).eval().requires_grad_(False)
     return twins
 
 
@@ -238,6 +241,9 @@ def nets(args):
             for net in (unet, vae.encoder, vae.decoder):
                 net.compile(dynamic=False)
         yield measure(f"{name}: UNet forward", no_grad(lambda: forward(unet)), args, unet)
+        if args.cuda_graph and name.startswith("ours"):
+            yield measure(f"{name}: UNet forward, recorded",
+                          no_grad(partial(forward, engine.recorder(True)(unet))), args, unet)
         yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args, vae)
         yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args, vae)
         yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args, unet)
@@ -258,17 +264,19 @@ def sample(args):
         unet.compile(dynamic=False), vae.decoder.compile(dynamic=False)
     image = torch.zeros(args.batch_size, 3, args.height, args.width, device=device)
 
-    def ours(draw, k):
+    def ours(draw, k, net):
         sigmas = solver.karras_sigmas(25) if k == 25 else solver.strided(solver.karras_sigmas(100), k)
         latents = vae.encode(image)[:, None].expand_as(cond.image_latents)
-        x0 = draw(unet, cond._replace(image_latents=latents), sigmas, torch.Generator().manual_seed(0))
+        x0 = draw(net, cond._replace(image_latents=latents), sigmas, torch.Generator().manual_seed(0))
         return sampler.decode(vae, x0, args.decode_chunk_size)
 
     for name, draw, k in (("1 step", sampler.sample, 1),
                           ("1 step + TTS", partial(sampler.sample, tts=True), 2),
                           ("25 guided", partial(sampler.sample_teacher, guidance=(1.0, 3.0)), 25)):
-        yield measure(f"ours{' compiled' * args.compile}: image to frames, {name}",
-                      torch.no_grad()(lambda draw=draw, k=k: ours(draw, k)), args, unet, vae)
+        how = " compiled" * args.compile + ", recorded" * args.cuda_graph
+        plain, recorded = (partial(torch.no_grad()(ours), draw, k, net)
+                           for net in (unet, engine.recorder(args.cuda_graph)(unet)))
+        yield measure(f"ours{how}: image to frames, {name}", recorded, args, unet, vae, counted=plain)
     if args.diffusers:
         from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
         scheduler = EulerDiscreteScheduler(
@@ -302,13 +310,15 @@ def random_pipeline(folder, args):
     if args.size == "toy":
         return sampler.TOY
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
-    unet, vae, _ = networks(args, torch.device("cpu"), torch.float16)
+    unet, vae, _ = networks(args, torch.device(args.device), torch.float16)
     model.save_unet(unet, folder / "unet", torch.float16)
     model.save_vae(vae, folder / "vae", torch.float16)
     model.save_configs(folder)
-    CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
-        projection_dim=1024, hidden_act="gelu")).half().save_pretrained(folder / "image_encoder")
+    with torch.device(args.device):
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+            patch_size=14, projection_dim=1024, hidden_act="gelu"))
+    clip.half().save_pretrained(folder / "image_encoder")
     Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)).save_pretrained(
         folder / "dinov2")
     return folder
@@ -318,7 +328,8 @@ def run(*command):
     """Runs a script -> (what it printed, {}), or (None, {"error": the last line of its complaint})."""
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
                           cwd=Path(__file__).parent)
-    return (None, {"error": done.stderr.strip().splitlines()[-1]}) if done.returncode else (done.stdout, {})
+    said = [done.stderr, *re.findall(r"^\S*(?:Error|\.py): .*", done.stderr, re.MULTILINE)]
+    return (None, {"error": said[-1]}) if done.returncode else (done.stdout, {})
 
 
 def memory(args):
@@ -357,12 +368,14 @@ def train(args):
                 f"train_stage{stage}.py", *common, "--model", pipeline, "--output_dir", out, "--width", width,
                 "--height", height, "--batch_size", args.gpus, "--discriminator", kind, "--log_steps", 3,
                 "--max_train_steps", 9, "--validation_steps", 99, "--validation_teacher_steps", 1,
-                *(["--stage1", "none"] if stage == 2 else []))
+                *["--stage1", "none"] * (stage == 2), *["--cuda_graph"] * args.cuda_graph)
             if said:
                 last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
                 figures = {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
                            "memory_gib": last["memory_gb"] * 1e9 / 2**30}
-            yield tell(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs", **figures)
+            shutil.rmtree(out, ignore_errors=True)                      # at full size 10 GB each
+            yield tell(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs"
+                       + ", recorded" * args.cuda_graph, **figures)
 
 
 # ---- videos ---------------------------------------------------------------------------------------------
@@ -418,6 +431,8 @@ def main():
     flag("--batch_size", type=engine.positive, default=1, help="nets: clips at a time")
     flag("--decode_chunk_size", type=engine.positive, help="frames decoded at a time (None: all)")
     flag("--compile", action="store_true", help="torch.compile the networks")
+    flag("--cuda_graph", action="store_true", 
+         help="nets, sample: the UNet's launches replayed from a recording; train: the flag of the same name")
     flag("--profile", action="store_true", help="print where the time goes")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")
     flag("--discriminators", nargs="+", default=["latent", "subpixel", "pixel", "unet"],
