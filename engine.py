@@ -550,20 +550,26 @@ LINE_COLOURS = "royalblue", "seagreen", "darkorange", "crimson", "purple"
 
 def draw_chart(image, box, title, lines):
     """Lines through points (x, y, label), each in a colour of its own, as large as the box allows: its left,
-    top, right and bottom in a PIL image. The title is above it. A point with a label is a dot."""
+    top, right and bottom in a PIL image. The title is above it. A point with a label is a dot; labels that would
+    meet go up."""
     from PIL import ImageDraw
     draw, (left, top, right, bottom) = ImageDraw.Draw(image), box
     xs, ys = ([point[i] for points in lines for point in points] for i in (0, 1))
     across, up = (right - left) / (max(xs) - min(xs) or 1), (bottom - top) / (max(ys) - min(ys) or 1)
     draw.rectangle(box, outline="lightgrey")
     draw.text((left, top - 18), title, "black")
+    taken = []
     for points, colour in zip(lines, LINE_COLOURS):
         places = [(left + across * (x - min(xs)), bottom - up * (y - min(ys))) for x, y, _ in points]
         draw.line(places if len(places) > 1 else places * 2, colour, 2)
         for (x, y), (_, _, label) in zip(places, points):
             if label:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-                draw.text((x + 5, y + 2), label, colour)
+                x, y = x + 5, y + 2
+                while any(abs(x - other_x) < 120 and abs(y - other_y) < 12 for other_x, other_y in taken):
+                    y -= 4
+                draw.text((x, y), label, colour)
+                taken.append((x, y))
 
 
 def plot(metrics, out, width=360, height=200, columns=3):
