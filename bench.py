@@ -5,7 +5,6 @@
     $ python bench.py nets sample --compile                     # and with torch.compile
     $ python bench.py memory                                    # what sampler.py needs, and can do with less
     $ python bench.py train                                     # iterations of both stages
-    $ python bench.py videos --report results/videos.json       # decoding, on the CPU
     $ python bench.py all --size toy --device cpu               # the toy networks, anywhere
 
 `nets` are UNet forward, forward + backward, VAE encode and decode; `sample` is an image to decoded frames in
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import engine
 import evaluate
 import model
@@ -378,50 +376,11 @@ def train(args):
                        + ", recorded" * args.cuda_graph, **figures)
 
 
-# ---- videos ---------------------------------------------------------------------------------------------
-
-
-def videos(args, seconds=6, count=16):
-    """Clips per second and process from 1080p H.264 at 30 frames a second, random places; a large list."""
-    import av
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        pattern = F.interpolate(255 * torch.rand(1, 3, 27, 48), (1080, 1920), mode="bilinear")[0]
-        pattern = pattern.byte().permute(1, 2, 0)                                           # H W 3
-        frames = torch.stack([pattern.roll((i, 7 * i), (0, 1)) for i in range(30 * seconds)])
-        sampler.write_mp4(frames.numpy(), folder / "video.mp4", 30)
-        before = time.perf_counter()
-        with av.open(str(folder / "video.mp4")) as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            count_all = sum(1 for _ in container.decode(video=0))
-        yield tell("1080p H.264, plain decode from beginning to end, one thread",
-                   frames_per_s=count_all / (time.perf_counter() - before))
-        for width, height in ((576, 320), (1024, 576)):
-            clips = data.Clips(data.open_files(folder), 0, args.num_frames, width, height, workers=1)
-            clips.clip(0)                                           # starts the process
-            before = time.perf_counter()
-            for number in range(1, count + 1):
-                clips.clip(number)
-            per_second = count / (time.perf_counter() - before)
-            latent = args.num_frames * 4 * (height // 8) * (width // 8) * 2
-            yield tell(f"1080p H.264 -> {args.num_frames} frames of {width}x{height}",
-                       clips_per_s_and_process=per_second,
-                       encoded_mb_per_1000_clips=latent * (1 + 1 / args.num_frames) / 1e3)
-        with open(folder / "list.csv", "w") as file:
-            file.write("video,caption,motion score\n")
-            file.writelines(f"clip_{i}.mp4,{'some words ' * 50},{i % 20}\n" for i in range(1_000_000))
-        before = time.perf_counter()
-        files = data.open_files(folder / "list.csv", [("motion score", 2, 20)])
-        seconds = time.perf_counter() - before
-        yield tell(f"list of 1,000,000 rows, {len(files):,d} left", s=seconds)
-
-
 def main():
     parser = engine.command_line(
-        "Measure speed and memory: the fused kernel, the networks, sampling, training, videos.")
+        "Measure speed and memory: the fused kernel, the networks, sampling, training.")
     flag = parser.add_argument
-    parts = {"kernel": kernel, "nets": nets, "sample": sample, "memory": memory, "train": train,
-             "videos": videos}
+    parts = {"kernel": kernel, "nets": nets, "sample": sample, "memory": memory, "train": train}
     flag("what", nargs="+", choices=[*parts, "all"], help="one or several, see the top of this file")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     flag("--size", choices=["full", "toy"], default="full", help="of the networks: SVD's, or the toy world's")
@@ -435,8 +394,8 @@ def main():
          help="nets, sample: the UNet's launches replayed from a recording; train: the flag of the same name")
     flag("--profile", action="store_true", help="print where the time goes")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")
-    flag("--discriminators", nargs="+", default=["latent", "subpixel", "pixel", "unet"],
-         help="train: those of stage 1")
+    flag("--discriminators", nargs="*", default=["latent", "subpixel", "pixel", "unet"],
+         help="train: those of stage 1; none is stage 2 alone")
     flag("--gpus", type=engine.positive, default=1, help="train: processes, one clip each")
     flag("--repeats", type=engine.positive, default=5, help="timed runs")
     flag("--warmup", type=engine.positive, default=2, help="runs before them")

@@ -550,8 +550,8 @@ LINE_COLOURS = "royalblue", "seagreen", "darkorange", "crimson", "purple"
 
 def draw_chart(image, box, title, lines):
     """Lines through points (x, y, label), each in a colour of its own, as large as the box allows: its left,
-    top, right and bottom in a PIL image. The title is above it. A point with a label is a dot; labels that would
-    meet go up."""
+    top, right and bottom in a PIL image. The title is above it. A point with a label is a dot; where labels
+    would meet, one goes up."""
     from PIL import ImageDraw
     draw, (left, top, right, bottom) = ImageDraw.Draw(image), box
     xs, ys = ([point[i] for points in lines for point in points] for i in (0, 1))

@@ -100,7 +100,8 @@ SLOW = {
     "python train_toy.py --quick --output_dir out_toy":
         Typed("out_toy/model_index.json out_toy/unet/diffusion_pytorch_model.safetensors", "together"),
     # A minute: it writes a video of 1080p and a list of a million rows first
-    "python bench.py videos --report results/videos.json": Typed("results/videos.json", "1,000,000 rows"),
+    "python tests/video_speed.py --report results/videos.json":
+        Typed("results/videos.json", "1,000,000 rows"),
     # Twenty minutes, and some. tests/test_exercise_mutations.py has smaller networks
     "python exercises/capstone.py":
         Typed("out/capstone/capstone.png out/capstone/capstone.json", "after stage 2, Time Travel Sampler"),
