@@ -308,8 +308,8 @@ RUNS = {
 # What is compared: (run, or teacher or real, sampler, the paper's FVD). Samplers: see `how`. Other futures of
 # the same pictures are as near as one can come: the distance between two sets of clips is never 0.
 FLOOR = ("real", "other futures", None)
-TEACHER = [FLOOR, ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "2", 1015.25),
-           ("teacher", "1", 1177.34)]
+TEACHER = [FLOOR, ("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "4", None),
+           ("teacher", "2", 1015.25), ("teacher", "1", 1177.34)]
 SHIPPED = [
     *TEACHER, ("shipped", "1", 335.36), ("shipped", "tts", 171.15), ("shipped", "2", 181.95),
     ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
@@ -321,7 +321,8 @@ TABLE2 = {
     "a": [("m = 1", "tts", 332.25), ("osv", "tts", 171.15)],
     "b": [("stage 2 alone", "tts", 221.75), ("osv", "tts", 171.15)],
     "c": [("stage 1 alone", "2", 298.35), ("stage 1 alone", "tts", 234.13), ("osv", "tts", 171.15)],
-    "d": [("no adversarial loss", "tts", 405.41), ("osv", "tts", 171.15)],
+    "d": [("no adversarial loss", "tts", 405.41), ("osv", "tts", 171.15), ("no adversarial loss", "1", None),
+          ("osv", "1", None)],
     "e": [("pixel (VAE decoder)", "tts", 232.25), ("unet", "tts", None), ("sub-pixel", "tts", None),
           ("osv", "tts", 171.15)],
     "f": [("osv", "1 cfg 3.0", 531.23), ("osv", "1 cfg 1.5", 426.71), ("osv", "1", 335.36)],

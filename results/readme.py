@@ -20,12 +20,14 @@ import evaluate  # noqa: E402
 # What the paper's tables say: (in words, the better one, the worse one), each (run, sampler) of evaluate.py.
 ORDERINGS = [
     *((f"one step beats {k} of the teacher", ("osv", "1"), ("teacher", k)) for k in ("1", "2", "8")),
+    ("(and 4 of them)", ("osv", "1"), ("teacher", "4")),
     ("Time Travel beats one plain step", ("osv", "tts"), ("osv", "1")),
     ("and two plain steps", ("osv", "tts"), ("osv", "2")),
     ("two stages beat stage 1 alone", ("osv", "tts"), ("stage 1 alone", "tts")),
     ("and stage 2 alone", ("osv", "tts"), ("stage 2 alone", "tts")),
     ("five solver steps beat one", ("osv", "tts"), ("m = 1", "tts")),
     ("the adversarial loss helps", ("osv", "tts"), ("no adversarial loss", "tts")),
+    ("(the same in one step)", ("osv", "1"), ("no adversarial loss", "1")),
     ("guidance of 1.5 hurts a student", ("osv", "1"), ("osv", "1 cfg 1.5")),
     ("guidance of 3 hurts more", ("osv", "1 cfg 1.5"), ("osv", "1 cfg 3.0")),
     ("latents do better than decoded frames", ("osv", "tts"), ("pixel (VAE decoder)", "tts")),
@@ -43,14 +45,14 @@ def over_seeds(rows, run, name):
     return rows[0], mean, low, max(row["fvd"] + row["interval"] for row in rows)
 
 
-def markdown(result, listed=None):
+def markdown(result, listed):
     """A report of evaluate.py -> a table, a line per row over all its training seeds, and how it was made.
-    listed: its lines, (what stands in front, run, sampler, the paper's FVD), where they are not the rows."""
+    listed: its lines, (what stands in front, run, sampler, the paper's FVD)."""
     rows = result["rows"]
-    measured = {(row["run"], row["sampler"]): row["paper"] for row in rows}
+    measured = {(row["run"], row["sampler"]) for row in rows}
     lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
              "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for label, run, name, paper in listed or [("", *key, paper) for key, paper in measured.items()]:
+    for label, run, name, paper in listed:
         if (run, name) in measured:
             first, mean, low, high = over_seeds(rows, run, name)
             cells = [label + run, name, first["nfe"], f"{mean['fvd']:.1f} ({low:.1f} to {high:.1f})",
@@ -91,12 +93,12 @@ def plot(rows, out, width=640, height=360, margin=48):
 
 def main(root=ROOT):
     text, found, parts = (root / "README.md").read_text(), {}, {}
-    # Some samplers stand in several rows of the paper's second table.
-    table2 = [(f"{letter}: ", *row) for letter, rows in evaluate.TABLE2.items() for row in rows]
-    for name in ("student", "table1", "table2"):
+    tables = {"student": {"": evaluate.SHIPPED}, "table1": {"": evaluate.TABLE1}, "table2": {
+        f"{letter}: ": rows for letter, rows in evaluate.TABLE2.items()}}
+    for name, table in tables.items():
         if (file := root / "results" / f"{name}.json").exists():
             found[name] = json.loads(file.read_text())
-            parts[name] = markdown(found[name], table2 if name == "table2" else None)
+            parts[name] = markdown(found[name], [(label, *row) for label, rows in table.items() for row in rows])
     if "table1" in found:
         plot(found["table1"]["rows"], root / "results" / "table1_nfe.png")
         rows = [row for name in ("table1", "table2") if name in found for row in found[name]["rows"]]
