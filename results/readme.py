@@ -98,7 +98,8 @@ def main(root=ROOT):
     for name, table in tables.items():
         if (file := root / "results" / f"{name}.json").exists():
             found[name] = json.loads(file.read_text())
-            parts[name] = markdown(found[name], [(label, *row) for label, rows in table.items() for row in rows])
+            listed = [(label, *row) for label, rows in table.items() for row in rows]
+            parts[name] = markdown(found[name], listed)
     if "table1" in found:
         plot(found["table1"]["rows"], root / "results" / "table1_nfe.png")
         rows = [row for name in ("table1", "table2") if name in found for row in found[name]["rows"]]
