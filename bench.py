@@ -207,7 +207,7 @@ def theirs(unet, vae):
                  diffusers.AutoencoderKLTemporalDecoder(**vae.config))
     for twin, net in zip(twins, (unet, vae)):
         twin.load_state_dict(net.state_dict())
-        twin.to(weight.dtype).eval().requires_grad_(False)
+        twin.to(weight.device, weight.dtype).eval().requires_grad_(False)
     return twins
 
 
@@ -327,7 +327,7 @@ def run(*command):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
                           cwd=Path(__file__).parent)
     said = [done.stderr, *re.findall(r"^\S*(?:Error|\.py): .*", done.stderr, re.MULTILINE)]
-    return (None, {"error": said[-1]}) if done.returncode else (done.stdout, {})
+    return (None, {"error": said[min(1, len(said) - 1)]}) if done.returncode else (done.stdout, {})
 
 
 def memory(args):
