@@ -375,9 +375,8 @@ class UNetBlock(nn.Module):
             return self.run_layer(i, x, num_frames, emb, context)
         # The reentrant kind: it hooks nothing on the many tensors that a layer would keep, a third less for a
         # processor to do. It lets gradients through only if an input wants one.
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        return checkpoint(self.run_layer, i, x, num_frames, emb, context, use_reentrant=True,
-                          preserve_rng_state=False)
+        inputs = i, x if x.requires_grad else x.detach().requires_grad_(), num_frames, emb, context
+        return checkpoint(self.run_layer, *inputs, use_reentrant=True, preserve_rng_state=False)
 
     def run_layer(self, i, x, num_frames, emb, context):
         x = self.resnets[i](x, num_frames, emb)
