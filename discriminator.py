@@ -15,6 +15,7 @@ OSV, arXiv 2409.11367, section 4.1 and Figs. 3 and 4. A spatial head sees no mot
 shape: with spatial heads alone the generator learns to repeat the first frame.
 """
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 from model import ModelError, load_unet
 from norm import GroupNorm, tl, triton  # None where there is no Triton
@@ -267,6 +269,7 @@ class DinoFeatures(nn.Module):
     """
 
     SUBPIXEL = 4                                    # upscaling of the sub-pixel convolution (v2, Appendix D)
+    LATENTS_AT_ONCE = 2 * 72 * 128                  # what the VAE decodes together: two frames of SVD's size
 
     def __init__(self, backbone, kind="latent", in_channels=4, vae=None, resolution=None):
         super().__init__()
@@ -294,7 +297,7 @@ class DinoFeatures(nn.Module):
         num_frames = latents.shape[1]
         x = rearrange(latents, "b f c h w -> (b f) c h w")
         if self.kind == "pixel":
-            x = self.vae.decode(x / self.vae.config["scaling_factor"], num_frames)              # (b f) 3 H W
+            x = self.decode(x / self.vae.config["scaling_factor"], num_frames)                  # (b f) 3 H W
         else:
             x = self.to_rgb(x)                                                                  # (b f) 3 h w
         # Values are taken to be in [-1, 1], the backbone was trained on [0, 1]: folded into mean and std.
@@ -305,6 +308,18 @@ class DinoFeatures(nn.Module):
         # The CLS token, which knows the whole frame, joins each of its patches.
         return [rearrange(tokens[i][:, 1:] + tokens[i][:, :1], "n (h w) d -> n d h w", h=height)
                 for i in self.levels]
+
+
+    def decode(self, latents, num_frames):
+        """(b f) c h w -> (b f) 3 H W. What a decoder keeps of a clip of SVD's size for the way back is more
+        than a GPU has: large frames are decoded a few at a time, and again on the way back. Real and
+        generated clips are cut at the same places."""
+        at_once = max(1, self.LATENTS_AT_ONCE // latents[0, 0].numel())
+        if num_frames <= at_once:
+            return self.vae.decode(latents, num_frames)
+        parts = [part for clip in latents.split(num_frames) for part in clip.split(at_once)]
+        decode = partial(checkpoint, self.vae.decode, use_reentrant=False)
+        return torch.cat([decode(part, len(part)) for part in parts])
 
 
 class UNetFeatures(nn.Module):

@@ -226,6 +226,20 @@ def test_gradients_reach_latents_and_heads_but_never_the_frozen_network(kind):
         assert (parameter.grad is None) == (id(parameter) in frozen), name
 
 
+def test_large_frames_are_decoded_a_few_at_a_time(monkeypatch):
+    """And again on the way back: the same as each part decoded by itself, forward and backward."""
+    disc = build("pixel")
+    features, (latents, _) = disc.features, inputs(2, 3)
+    flat = latents.flatten(0, 1)                                                            # (b f) c h w
+    whole = features.decode(flat, 3)
+    monkeypatch.setattr(DinoFeatures, "LATENTS_AT_ONCE", 2 * 8 * 8)
+    cut = features.decode(flat, 3)
+    parts = torch.cat([features.vae.decode(part, len(part)) for part in flat.split([2, 1, 2, 1])])
+    assert torch.equal(cut, parts) and not torch.equal(cut, whole)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), latents)[0] for x in (cut, parts))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_the_frozen_network_stays_frozen_whatever_is_asked():
     disc = build("latent")
     disc.train().requires_grad_(True)
