@@ -364,8 +364,8 @@ def train(args):
             said, figures = run(
                 "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.gpus,
                 f"train_stage{stage}.py", *common, "--model", pipeline, "--output_dir", out, "--width", width,
-                "--height", height, "--batch_size", args.gpus, "--discriminator", kind, "--log_steps", 3,
-                "--max_train_steps", 9, "--validation_steps", 99, "--validation_teacher_steps", 1,
+                "--height", height, "--batch_size", args.gpus, "--discriminator", kind, "--log_steps", 5,
+                "--max_train_steps", 15, "--validation_steps", 99, "--validation_teacher_steps", 1,
                 *["--stage1", "none"] * (stage == 2), *["--cuda_graph"] * args.cuda_graph)
             if said:
                 last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

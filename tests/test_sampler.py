@@ -353,6 +353,7 @@ def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder
     (["--image", "in.png", "--student", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--device", "tpu"], "not available here"),
     (["--image", "in.png", "--teacher", "--tts"], "--teacher does not go with --tts"),
+    (["--image", "in.png", "--offload", "--cuda_graph"], "--offload does not go with --cuda_graph"),
     (["--image", "in.png", "--tts", "--steps", "4"], "for one step"),
     ([], "required: --image"),
 ])
