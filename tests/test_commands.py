@@ -87,8 +87,8 @@ TYPED = {
     "OSV_IMPL=exercises python -m pytest tests/test_exercises.py -x -k ex01":
         Typed(fails="NotImplementedError"),
     "python -c ...": Typed(says=r"\d"),
-    "python exercises/between.py --out between.jpg": Typed(
-        "between.jpg between.json", r"mean of \d: teacher", "--clips 1 --places 3 --solver_steps 1"),
+    "python exercises/guidance.py --out guidance.jpg": Typed(
+        "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
     "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
                                         fails="Trying to backward through the graph a second time"),
@@ -112,8 +112,12 @@ SLOW = {
         "out/m1/metrics.jsonl out/m5/metrics.jsonl", "loss_huber .* s_per_step", STEP),
     "for decay in 0 0.95 1; do ...": Typed(
         "out/ema0/metrics.jsonl out/ema0.95/metrics.jsonl out/ema1/metrics.jsonl", "loss_huber", STEP),
+    "python bench.py train --size toy ...": Typed("results/discriminators.json", "pixel discriminator"),
     # Minutes: many steps of the teacher
+    "python exercises/between.py --out between.jpg": Typed(
+        "between.jpg between.json", r"mean of \d: teacher", "--clips 1 --places 3 --solver_steps 1"),
     "python exercises/between.py --out results/between.jpg": Typed("results/between.json", "Time Travel"),
+    "python exercises/guidance.py --out results/guidance.jpg": Typed("results/guidance.jpg", "teacher"),
     "python evaluate.py student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
     # Seconds, but tests/test_exercise_mutations.py grades a class as well
     "python exercises/grade.py submissions --csv grades.csv": Typed("grades.csv", r"ada +0\.0"),
@@ -137,6 +141,9 @@ LEFT_OUT = {
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
     "python evaluate.py student --report ...": "a GPU, and minutes",
+    "python evaluate.py table1 --report results/table1.json": "a GPU; tests/test_evaluate.py has a small one",
+    "python evaluate.py table2 --report results/table2.json": "the same",
+    "python results/readme.py": "rewrites this very page; tests/test_evaluate.py has one of its own",
     "python bench.py nets ...": "a GPU",
     "python exercises/heads.py ...": "a GPU; tests/test_discriminator.py has a small one",
     "python bench.py kernel ...": "a GPU",
