@@ -36,8 +36,8 @@ PRESETS = {
     # The paper's setting: SVD on 2 GPUs; --data is yours. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=576, height=320, batch_size=2, max_train_steps=20000, learning_rate=5e-6, lr_d=1e-5,
-                  warmup_steps=100, lora_rank=64, gradient_checkpointing=True, validation_steps=500,
-                  checkpointing_steps=500, log_steps=10),
+                  warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
+                  validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
 
 parser = engine.training_flags("Stage 2 of OSV: consistency distillation.", PRESETS)

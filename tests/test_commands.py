@@ -145,6 +145,8 @@ LEFT_OUT = {
     "python evaluate.py table2 --report results/table2.json": "the same",
     "python results/readme.py": "rewrites this very page; tests/test_evaluate.py has one of its own",
     "python bench.py nets ...": "a GPU",
+    "python bench.py train --report results/train.json": "a GPU",
+    "python bench.py train --cuda_graph ...": "a GPU",
     "python exercises/heads.py ...": "a GPU; tests/test_discriminator.py has a small one",
     "python bench.py kernel ...": "a GPU",
     # Here it makes no sense
