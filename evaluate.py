@@ -22,6 +22,7 @@ different detectors, or of other numbers of clips, do not compare, so each comes
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -386,6 +387,8 @@ def finished(protocol, args):
     if not (args.resume and args.report and args.report.exists()):
         return []
     earlier = model.read_json(args.report)
+    if not {"protocol", "rows"} <= earlier.keys():
+        raise model.ModelError(f"{args.report}: no report of a table; choose another --report")
     differ = [f"{key} was {earlier['protocol'].get(key)}, is {value}" for key, value in protocol.items()
               if earlier["protocol"].get(key) != value]
     if differ:
@@ -497,7 +500,11 @@ def parse_args(argv=None):
     group("--stage2", default="--max_train_steps 250" + BUDGET, help="tables: the same for train_stage2.py")
     group("--jobs", type=engine.positive, default=1,
           help="tables: trainings at a time; with one, it is known how long each takes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"tts( printed| v1)?|[1-9]\d?( cfg \d+(\.\d+)?)?", args.sampler):
+        parser.error(f'--sampler "{args.sampler}": neither 1 to 99 steps, "tts", "tts printed", "tts v1" '
+                     'nor "1 cfg 1.5"')
+    return args
 
 
 def main():

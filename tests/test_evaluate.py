@@ -213,6 +213,17 @@ def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkey
         table1("--num_clips", 4, "--resume")
     assert f"{report} has another protocol: clips was 3, is 4" in capsys.readouterr().err
     assert json.loads(report.read_text())["rows"] == [*same, last]
+    model.write_json(report, {})
+    with pytest.raises(SystemExit):
+        table1("--num_clips", 3, "--resume")
+    assert f"{report}: no report of a table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["soon", "0", "100", "tts v3", "1 cfg", "2 1.5"])
+def test_a_sampler_that_there_is_not(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse_args(["fvd", "--sampler", name])
+    assert f'--sampler "{name}": neither 1 to 99 steps' in capsys.readouterr().err
 
 
 def test_tables_name_runs_and_samplers_that_exist():
