@@ -113,11 +113,3 @@ def pipeline_folder(tmp_path_factory):
     small_image_encoder().save_pretrained(folder / "image_encoder")
     model.save_configs(folder)
     return folder
-
-
-LONGEST = ["test_training.py", "test_norm.py", "test_commands.py"]
-
-
-def pytest_collection_modifyitems(items):
-    """They come first: what is begun last is short, so no process waits long for another."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
