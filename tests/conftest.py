@@ -26,7 +26,7 @@ torch.set_num_threads(1)                               # where torch was importe
 def pytest_collection_modifyitems(items):
     """With `-n`, a file's tests stay together: the files that take long go first, so that no worker is left
     with one of them at the end."""
-    long = ["test_training", "test_commands", "test_toy", "test_discriminator", "test_video"]
+    long = ["test_training", "test_norm", "test_commands", "test_toy", "test_discriminator", "test_video"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
