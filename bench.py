@@ -323,11 +323,12 @@ def random_pipeline(folder, args):
 
 
 def run(*command):
-    """Runs a script -> (what it printed, {}), or (None, {"error": the last line of its complaint})."""
+    """Runs a script -> (what it printed, {}), or (None, {"error": the first line that complains})."""
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
                           cwd=Path(__file__).parent)
-    said = [done.stderr, *re.findall(r"^\S*(?:Error|\.py): .*", done.stderr, re.MULTILINE)]
-    return (None, {"error": said[min(1, len(said) - 1)]}) if done.returncode else (done.stdout, {})
+    complaint = re.search(r"^\S*(Error|\.py): .*", done.stderr, re.MULTILINE)
+    error = complaint[0] if complaint else done.stderr
+    return (None, {"error": error}) if done.returncode else (done.stdout, {})
 
 
 def memory(args):
@@ -390,7 +391,7 @@ def main():
     flag("--batch_size", type=engine.positive, default=1, help="nets: clips at a time")
     flag("--decode_chunk_size", type=engine.positive, help="frames decoded at a time (None: all)")
     flag("--compile", action="store_true", help="torch.compile the networks")
-    flag("--cuda_graph", action="store_true", 
+    flag("--cuda_graph", action="store_true",
          help="nets, sample: the UNet's launches replayed from a recording; train: the flag of the same name")
     flag("--profile", action="store_true", help="print where the time goes")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")

@@ -87,6 +87,8 @@ TYPED = {
     "OSV_IMPL=exercises python -m pytest tests/test_exercises.py -x -k ex01":
         Typed(fails="NotImplementedError"),
     "python -c ...": Typed(says=r"\d"),
+    "python exercises/between.py --out between.jpg": Typed(
+        "between.jpg between.json", "mean of 1: teacher", "--clips 1 --places 3 --solver_steps 1"),
     "python exercises/guidance.py --out guidance.jpg": Typed(
         "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
@@ -114,8 +116,6 @@ SLOW = {
         "out/ema0/metrics.jsonl out/ema0.95/metrics.jsonl out/ema1/metrics.jsonl", "loss_huber", STEP),
     "python bench.py train --size toy ...": Typed("results/discriminators.json", "pixel discriminator"),
     # Minutes: many steps of the teacher
-    "python exercises/between.py --out between.jpg": Typed(
-        "between.jpg between.json", r"mean of \d: teacher", "--clips 1 --places 3 --solver_steps 1"),
     "python exercises/between.py --out results/between.jpg": Typed("results/between.json", "Time Travel"),
     "python exercises/guidance.py --out results/guidance.jpg": Typed("results/guidance.jpg", "teacher"),
     "python evaluate.py student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
