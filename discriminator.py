@@ -318,7 +318,7 @@ class DinoFeatures(nn.Module):
         if num_frames <= at_once:
             return self.vae.decode(latents, num_frames)
         parts = [part for clip in latents.split(num_frames) for part in clip.split(at_once)]
-        decode = partial(checkpoint, self.vae.decode, use_reentrant=False)
+        decode = partial(checkpoint, self.vae.decode, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([decode(part, len(part)) for part in parts])
 
 

@@ -8,7 +8,7 @@
     Weights                             the weights that train, in fp32, outside of a network that may be bf16
     swapped, update_ema                 one network in three roles, one of them an average
     finite_step                         all-reduce, clip, step; refuses what is not finite
-    recorder                            a GPU's work of a step in one launch, for networks that are small
+    recorder                            a GPU's work of a step in one launch
     collect, restore                    all that evolves, as named tensors
     save_checkpoint, load_checkpoint    safetensors + JSON, atomic, a torn one is skipped
     resume, rewind                      goes on from the last; what was written after it goes
@@ -182,8 +182,7 @@ def training_flags(description, presets):
     flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
     flag("--gradient_checkpointing", action=on_off, default=False,
          help="compute activations twice, keep none")
-    flag("--cuda_graph", action=on_off, default=False, help="record a step once and replay it: fast where "
-         "networks are small; not with parts, and with checkpointing only the teacher's part of it")
+    flag("--cuda_graph", action=on_off, default=False, help="record a step and replay it; not with parts")
     flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if torch.cuda.is_available() else "no",
          help="inside the networks")
     flag("--seed", type=int, default=0, help="of everything drawn")

@@ -35,8 +35,8 @@ PRESETS = {
     # The paper's setting: SVD on 8 GPUs; --data is yours. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=1024, height=576, batch_size=8, max_train_steps=2000, learning_rate=5e-6, lr_d=1e-5,
-                  warmup_steps=100, lora_rank=64, gradient_checkpointing=True, validation_steps=500,
-                  checkpointing_steps=500, log_steps=10),
+                  warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
+                  validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
 
 parser = engine.training_flags("Stage 1 of OSV: latent GAN pretraining.", PRESETS)
@@ -135,8 +135,7 @@ def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-if not args.gradient_checkpointing:
-    d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
+d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
 
 # ---- loop -----------------------------------------------------------------------------------------------
 

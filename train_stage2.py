@@ -183,8 +183,7 @@ def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-if not args.gradient_checkpointing:
-    d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
+d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
 
 # ---- loop -----------------------------------------------------------------------------------------------
 
