@@ -1,7 +1,7 @@
 """Between two futures: the last frames of a video whose noise goes, in even steps, from one draw to another.
 
-    $ python exercises/between.py                                      # 7 minutes on a CPU
-    $ python exercises/between.py --clips 1 --places 5 --solver_steps 4 # to see it run
+    $ python exercises/between.py                                     # 7 minutes on a CPU
+    $ python exercises/between.py --clips 1 --places 5 --num_frames 4  # to see it run
 
 The teacher's solver follows an ODE that parts the futures: it turns from one to the next between two places
 that are close together. A student has to do at once what takes the ODE many steps, and a network changes
@@ -31,6 +31,7 @@ flag("--clips", type=engine.positive, default=4, help="pictures with one shape, 
 flag("--shown", type=engine.positive, default=3, help="how many of them are in the picture")
 flag("--places", type=engine.positive, default=13, help="on the way from one draw of noise to the other")
 flag("--solver_steps", type=engine.positive, default=8, help="of the teacher, without guidance")
+flag("--num_frames", type=engine.positive, default=14, help="of each video, of which the last is shown")
 args = parser.parse_args()
 if args.places < 3:
     parser.error(f"--places {args.places}: a way has two ends and something between them")
@@ -47,12 +48,12 @@ numbers = numbers[data.toy_clips(data.HELD_OUT, numbers, num_frames=1).present.s
 angle = torch.linspace(0, math.pi / 2, args.places).view(-1, 1, 1, 1, 1)                    # p 1 1 1 1
 frames, uneven = [], []
 for number in numbers.tolist():
-    clip = data.toy_clips(data.HELD_OUT, torch.tensor([number]))
+    clip = data.toy_clips(data.HELD_OUT, torch.tensor([number]), args.num_frames)
     draw = lambda seed, shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         image = clip.frames[:, 0]                                                           # 1 3 H W
         cond = model.encode_condition(
-            vae, image_encoder, image, draw(0, image.shape), num_frames=14, fps=data.FPS,
+            vae, image_encoder, image, draw(0, image.shape), num_frames=args.num_frames, fps=data.FPS,
             motion_bucket_id=clip.motion_bucket_id, noise_aug_strength=0.02)
         cond = model.Cond(*(x.expand(args.places, *x.shape[1:]) for x in cond))             # p ..
         start, end, fresh = (draw(seed, cond.image_latents.shape[1:]) for seed in (1, 2, 3))
@@ -70,7 +71,8 @@ for number in numbers.tolist():
 
 mean = torch.stack(uneven).mean(0).tolist()
 result = dict(zip(("teacher", "one_step", "time_travel"), mean)) | {
-    "clips": numbers.tolist(), "places": args.places, "solver_steps": args.solver_steps}
+    "clips": numbers.tolist(), "places": args.places, "solver_steps": args.solver_steps,
+    "num_frames": args.num_frames}
 data.save_sheet(torch.cat(frames[:args.shown]), args.out)
 model.write_json(args.out.with_suffix(".json"), result)
 print(f"mean of {len(numbers)}: teacher {mean[0]:.2f}, one step {mean[1]:.2f}, Time Travel {mean[2]:.2f}; "

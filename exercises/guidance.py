@@ -2,7 +2,7 @@
 through the two.
 
     $ python exercises/guidance.py                                     # a minute on a CPU
-    $ python exercises/guidance.py --clips 1 --solver_steps 2          # to see it run
+    $ python exercises/guidance.py --clips 1 --num_frames 4            # to see it run
 
 Six rows a clip: what really came of the picture; the student in one step; the same noise without the picture;
 guidance of 1.5 and of 3, that is f_u + w (f_c - f_u); the teacher without the picture, 8 steps.
@@ -29,6 +29,7 @@ flag = parser.add_argument
 flag("--out", type=Path, default="guidance.png", help="the picture, .png or .jpg")
 flag("--clips", type=engine.positive, default=2, help="of the first held-out ones")
 flag("--solver_steps", type=engine.positive, default=8, help="of the teacher")
+flag("--num_frames", type=engine.positive, default=14, help="of each video")
 args = parser.parse_args()
 if args.out.suffix not in (".png", ".jpg") or not args.out.parent.is_dir():
     parser.error(f"--out {args.out}: the name must end in .png or .jpg, in a folder that is there")
@@ -36,7 +37,7 @@ if args.out.suffix not in (".png", ".jpg") or not args.out.parent.is_dir():
 vae, image_encoder, teacher, unet = (load(sampler.TOY) for load in (
     model.load_vae, model.load_image_encoder, model.load_unet, model.load_unet))
 student = model.load_student(sampler.STUDENT, unet)
-clips = data.toy_clips(data.HELD_OUT, torch.arange(args.clips))
+clips = data.toy_clips(data.HELD_OUT, torch.arange(args.clips), args.num_frames)
 generators = lambda seed: [torch.Generator().manual_seed(seed + i) for i in range(args.clips)]
 apart = lambda f_c, f_u: ((f_c - f_u).norm() / f_c.norm()).item()
 
@@ -44,7 +45,8 @@ with torch.no_grad():
     image = clips.frames[:, 0]                                                              # b 3 H W
     cond = model.encode_condition(
         vae, image_encoder, image, sampler.draw_noise(image.shape, generators(100), image.device),
-        num_frames=14, fps=data.FPS, motion_bucket_id=clips.motion_bucket_id, noise_aug_strength=0.02)
+        num_frames=args.num_frames, fps=data.FPS, motion_bucket_id=clips.motion_bucket_id,
+        noise_aug_strength=0.02)
     blind = solver.unconditional(cond)
     one_step = solver.strided(solver.karras_sigmas(solver.NUM_SIGMAS), 1)
     f_c, f_u = (sampler.sample(student, c, one_step, generators(0)) for c in (cond, blind))     # b f c h w

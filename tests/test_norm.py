@@ -81,7 +81,7 @@ def test_kernel_is_group_norm_and_silu(shape, tiles):
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", FEWER)
+@pytest.mark.parametrize("shape", FEWER[:3])
 def test_kernel_takes_a_shift_along(shape, tiles):
     """The norm of x + shift, and what each of them has to do with it; also a shift that swamps x."""
     for factor, tolerance in ((1.0, 1e-5), (300.0, 3e-4)):
