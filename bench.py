@@ -17,6 +17,7 @@ bytes that have to be moved (each input read once, each output written once) at 
 the same run. Of the networks: TFLOP are counted on the first call, and the share is that of a large bf16
 matrix product, measured in the same run.
 """
+import argparse
 import json
 import re
 import shutil
@@ -244,6 +245,8 @@ def nets(args):
                           no_grad(partial(forward, engine.recorder(True)(unet))), args, unet)
         yield measure(f"{name}: VAE encode, {f} frames", no_grad(lambda: encode(frames)), args, vae)
         yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args, vae)
+        if args.compile:                                # training does not
+            continue
         yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args, unet)
         if name.startswith("ours"):
             unet.set_checkpointing(True)
@@ -251,6 +254,9 @@ def nets(args):
             unet.enable_gradient_checkpointing()
             unet.train()
         yield measure(f"{name}: the same, checkpointed", lambda: backward(unet, forward), args, unet)
+        if args.cuda_graph and name.startswith("ours"):
+            yield measure(f"{name}: the same, checkpointed and recorded",
+                          engine.recorder(True)(partial(backward, unet, forward)), args, unet)
 
 
 def sample(args):
@@ -271,7 +277,7 @@ def sample(args):
     for name, draw, k in (("1 step", sampler.sample, 1),
                           ("1 step + TTS", partial(sampler.sample, tts=True), 2),
                           ("25 guided", partial(sampler.sample_teacher, guidance=(1.0, 3.0)), 25)):
-        how = " compiled" * args.compile + ", recorded" * args.cuda_graph
+        how = " compiled" * args.compile + ", recorded" * bool(args.cuda_graph)
         plain, recorded = (partial(torch.no_grad()(ours), draw, k, net)
                            for net in (unet, engine.recorder(args.cuda_graph)(unet)))
         yield measure(f"ours{how}: image to frames, {name}", recorded, args, unet, vae, counted=plain)
@@ -367,19 +373,17 @@ def train(args):
                 f"train_stage{stage}.py", *common, "--model", pipeline, "--output_dir", out, "--width", width,
                 "--height", height, "--batch_size", args.gpus, "--discriminator", kind, "--log_steps", 5,
                 "--max_train_steps", 15, "--validation_steps", 99, "--validation_teacher_steps", 1,
-                *["--stage1", "none"] * (stage == 2), *["--cuda_graph"] * args.cuda_graph)
+                *["--stage1", "none"] * (stage == 2), *["--no-cuda_graph"] * (args.cuda_graph is False))
             if said:
                 last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
                 figures = {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
                            "memory_gib": last["memory_gb"] * 1e9 / 2**30}
             shutil.rmtree(out, ignore_errors=True)                      # at full size 10 GB each
-            yield tell(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs"
-                       + ", recorded" * args.cuda_graph, **figures)
+            yield tell(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs", **figures)
 
 
 def main():
-    parser = engine.command_line(
-        "Measure speed and memory: the fused kernel, the networks, sampling, training.")
+    parser = engine.command_line("Measure speed and memory: the kernel, networks, sampling, training.")
     flag = parser.add_argument
     parts = {"kernel": kernel, "nets": nets, "sample": sample, "memory": memory, "train": train}
     flag("what", nargs="+", choices=[*parts, "all"], help="one or several, see the top of this file")
@@ -391,8 +395,8 @@ def main():
     flag("--batch_size", type=engine.positive, default=1, help="nets: clips at a time")
     flag("--decode_chunk_size", type=engine.positive, help="frames decoded at a time (None: all)")
     flag("--compile", action="store_true", help="torch.compile the networks")
-    flag("--cuda_graph", action="store_true",
-         help="nets, sample: the UNet's launches replayed from a recording; train: the flag of the same name")
+    flag("--cuda_graph", action=argparse.BooleanOptionalAction,
+         help="nets, sample: the UNet's launches replayed from a recording; train: None is the preset's")
     flag("--profile", action="store_true", help="print where the time goes")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave the comparison out")
     flag("--discriminators", nargs="*", default=["latent", "subpixel", "pixel", "unet"],

@@ -374,7 +374,7 @@ class UNetBlock(nn.Module):
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self.run_layer(i, x, num_frames, emb, context)
         # The reentrant kind: it hooks nothing on the many tensors that a layer would keep, a third less for a
-        # processor to do. It lets gradients through only if an input wants one.
+        # processor to do, and a CUDA graph can hold it. It lets gradients through only if an input wants one.
         inputs = i, x if x.requires_grad else x.detach().requires_grad_(), num_frames, emb, context
         return checkpoint(self.run_layer, *inputs, use_reentrant=True, preserve_rng_state=False)
 
@@ -624,8 +624,9 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, frames):
-        """frames [n 3 H W] in [-1, 1] -> mode [n 4 h w], unscaled."""
-        return self.moments(frames)[0]
+        """frames [n 3 H W] in [-1, 1] -> mode [n 4 h w], unscaled. Each frame is encoded by itself; so that
+        memory does not grow with their number, of 1024x576 only 5 at a time."""
+        return torch.cat([self.moments(x)[0] for x in frames.split(1 + 8_000_000 // frames[0].numel())])
 
     def decode(self, latents, num_frames):
         """latents [n 4 h w] unscaled, n a multiple of num_frames -> frames [n 3 H W], about in [-1, 1]."""

@@ -204,16 +204,20 @@ class Sheets:
 
     def __init__(self, net, vae, x0, cond, teacher_steps, seed):
         self.net, self.vae, self.cond, self.seed = net, vae, cond, seed
-        teacher = sample_teacher(net, cond, karras_sigmas(teacher_steps), self.generators(), (1.0, 3.0))
+        teacher = self.draw(sample_teacher, karras_sigmas(teacher_steps), guidance=(1.0, 3.0))
         self.fixed_rows = [decode(vae, x).cpu() for x in (x0, teacher)]
 
-    def generators(self):
-        return [torch.Generator().manual_seed(self.seed + i) for i in range(len(self.cond.time_ids))]
+    def draw(self, sampler, sigmas, **how):
+        """One clip after the other, each from a seed of its own: memory is that of one -> x0 [n f 4 h w]."""
+        clips = enumerate(zip(*(tensor.split(1) for tensor in self.cond)), self.seed)
+        return torch.cat([
+            sampler(self.net, model.Cond(*cond), sigmas, torch.Generator().manual_seed(seed), **how)
+            for seed, cond in clips])
 
     def save(self, folder, step, fps):
         """Writes sample-STEP.png and .mp4 into the folder."""
         sigmas = karras_sigmas(NUM_SIGMAS)
-        latents = [sample(self.net, self.cond, strided(sigmas, k), self.generators(), k == 2) for k in (1, 2)]
+        latents = [self.draw(sample, strided(sigmas, k), tts=k == 2) for k in (1, 2)]
         rows = self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in latents]             # n f 3 H W each
         save_sheet(torch.cat(rows), folder / f"sample-{step:06d}.png")
         together = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")

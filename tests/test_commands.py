@@ -88,9 +88,10 @@ TYPED = {
         Typed(fails="NotImplementedError"),
     "python -c ...": Typed(says=r"\d"),
     "python exercises/between.py --out between.jpg": Typed(
-        "between.jpg between.json", "mean of 1: teacher", "--clips 1 --places 3 --solver_steps 1"),
+        "between.jpg between.json", "mean of 1: teacher",
+        "--clips 1 --places 3 --solver_steps 1 --num_frames 4"),
     "python exercises/guidance.py --out guidance.jpg": Typed(
-        "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1"),
+        "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1 --num_frames 4"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
     "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
                                         fails="Trying to backward through the graph a second time"),
@@ -146,7 +147,8 @@ LEFT_OUT = {
     "python results/readme.py": "rewrites this very page; tests/test_evaluate.py has one of its own",
     "python bench.py nets ...": "a GPU",
     "python bench.py train --report results/train.json": "a GPU",
-    "python bench.py train --cuda_graph ...": "a GPU",
+    "python bench.py memory ...": "a GPU",
+    "PYTORCH_ALLOC_CONF=per_process_memory_fraction:0.29 ...": "a GPU",
     "python exercises/heads.py ...": "a GPU; tests/test_discriminator.py has a small one",
     "python bench.py kernel ...": "a GPU",
     # Here it makes no sense
