@@ -81,22 +81,27 @@ def test_kernel_is_group_norm_and_silu(shape, tiles):
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", FEWER[:3])
-def test_kernel_takes_a_shift_along(shape, tiles):
+@pytest.mark.parametrize("shape, factor, tolerance", [
+    *((shape, 1.0, 1e-5) for shape in FEWER[:3]), (FEWER[0], 300.0, 3e-4)])
+def test_kernel_takes_a_shift_along(shape, factor, tolerance, tiles):
     """The norm of x + shift, and what each of them has to do with it; also a shift that swamps x."""
-    for factor, tolerance in ((1.0, 1e-5), (300.0, 3e-4)):
-        x, weight, bias = inputs(shape)
-        shift = (factor * torch.randn(shape[:2], device=DEVICE)).requires_grad_()
-        y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, True, shift)
-        reference = expected(x.double() + shift.double()[:, :, None, None], weight, bias, eps=0.1)
-        torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
-        grad, wanted = torch.randn_like(y), (x, weight, bias, shift)
-        ours = torch.autograd.grad(y, wanted, grad)
-        theirs = torch.autograd.grad(reference, wanted, grad.double())
-        for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
-    shift = torch.randn(1, shape[1], device=DEVICE)                 # one for all: expanded, and at rest
-    y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, False, shift.expand(shape[:2]))
+    x, weight, bias = inputs(shape)
+    shift = (factor * torch.randn(shape[:2], device=DEVICE)).requires_grad_()
+    y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, True, shift)
+    reference = expected(x.double() + shift.double()[:, :, None, None], weight, bias, eps=0.1)
+    torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
+    grad, wanted = torch.randn_like(y), (x, weight, bias, shift)
+    ours = torch.autograd.grad(y, wanted, grad)
+    theirs = torch.autograd.grad(reference, wanted, grad.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@needs_triton
+def test_kernel_takes_one_shift_for_all_frames(tiles):
+    """Expanded, and at rest."""
+    (x, weight, bias), shift = inputs(FEWER[0]), torch.randn(1, FEWER[0][1], device=DEVICE)
+    y = FusedGroupNorm.apply(x, weight, bias, 32, 0.1, False, shift.expand(FEWER[0][:2]))
     shifted = x + shift[:, :, None, None]
     torch.testing.assert_close(y, fused(shifted, weight, bias, False, 0.1), rtol=1e-5, atol=1e-5)
     y.sum().backward()
