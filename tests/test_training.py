@@ -29,6 +29,7 @@ import torch
 from conftest import ROOT, randomize, small_image_encoder, unet_config, vae_config
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 import data
 import engine
@@ -683,8 +684,10 @@ def test_finite_step_keeps_the_memory_format():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_recorded_steps_are_the_same_steps():
-    """Two players as in the scripts: one forward pass for both, and only who moves has gradients."""
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_recorded_steps_are_the_same_steps(checkpointed):
+    """Two players as in the scripts: one forward pass for both, and only who moves has gradients. Activations
+    are checkpointed as in model.UNetBlock.layer."""
     def play(record):
         torch.manual_seed(0)
         net, disc = torch.nn.Linear(4, 4).cuda(), torch.nn.Linear(4, 1).cuda()
@@ -692,7 +695,8 @@ def test_recorded_steps_are_the_same_steps():
 
         def d_step(x, nothing):
             calls.append("d")
-            y = net(x)
+            y = checkpoint(net, x.detach().requires_grad_(), use_reentrant=True,
+                           preserve_rng_state=False) if checkpointed else net(x)
             loss = disc(y.detach()).square().mean() - x.mean()
             loss.backward()
             return y, loss.detach()
