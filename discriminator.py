@@ -309,7 +309,6 @@ class DinoFeatures(nn.Module):
         return [rearrange(tokens[i][:, 1:] + tokens[i][:, :1], "n (h w) d -> n d h w", h=height)
                 for i in self.levels]
 
-
     def decode(self, latents, num_frames):
         """(b f) c h w -> (b f) 3 H W. What a decoder keeps of a clip of SVD's size for the way back is more
         than a GPU has: large frames are decoded a few at a time, and again on the way back. Real and
