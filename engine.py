@@ -389,7 +389,7 @@ def recorder(on):
                     outputs = function(*inputs)
                 grads = [p.grad for p in parameters]
             for own, given in zip(inputs, tensors):
-                if own is not given:
+                if own is not given and calls > 4:      # a history that keeps one finds it as it was recorded
                     own.copy_(given)
             graph.replay()
             for p, grad in zip(parameters, grads):
