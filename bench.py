@@ -228,11 +228,8 @@ def nets(args):
             lambda frames: their_vae.encode(frames).latent_dist.mode())
 
     def backward(unet, forward):
-        unet.requires_grad_(True)
         forward(unet).square().mean().backward()
-        unet.requires_grad_(False)
-        for parameter in unet.parameters():
-            parameter.grad = None
+        unet.zero_grad()
 
     for name, (unet, vae, forward, encode) in variants.items():
         name, no_grad = name + " compiled" * args.compile, torch.no_grad()
@@ -247,6 +244,7 @@ def nets(args):
         yield measure(f"{name}: VAE decode, {f} frames", no_grad(lambda: vae.decode(latents, f)), args, vae)
         if args.compile:                                # training does not
             continue
+        unet.requires_grad_(True)
         yield measure(f"{name}: UNet forward + backward", lambda: backward(unet, forward), args, unet)
         if name.startswith("ours"):
             unet.set_checkpointing(True)

@@ -92,10 +92,10 @@ if triton:
     @triton.jit
     def _statistics_kernel(moments, statistics, eps, L, C, rows, chunks, size,
                            CHUNKS: tl.constexpr, SIZE: tl.constexpr):
-        """One program: the mean of a group, `size` columns, and beside it one over its standard deviation,
-        from the moments of the chunks. Again about a pivot first; then the mean of all is known."""
-        program = tl.program_id(0)
-        groups = C // size
+        """One program: the mean of a group, `size` columns, and behind those of all groups one over its
+        standard deviation, from the moments of the chunks. Again about a pivot first; then the mean of all
+        is known."""
+        program, groups = tl.program_id(0), C // size
         moments += (program // groups).to(tl.int64) * chunks * 2 * C + program % groups * size
         chunk, column = tl.arange(0, CHUNKS)[:, None], tl.arange(0, SIZE)[None]
         pivot = tl.load(moments)
@@ -110,14 +110,15 @@ if triton:
             away = tl.load(of_chunk, there, 0.0) - centre
             square += tl.load(of_chunk + C, there, 0.0) + count * away * away
         variance = tl.maximum(tl.sum(square) / L / size, 0.0)
-        tl.store(statistics + 2 * program, centre)
-        tl.store(statistics + 2 * program + 1, 1 / tl.sqrt(variance + eps))
+        statistics += program // groups * groups + program
+        tl.store(statistics, centre)
+        tl.store(statistics + groups, 1 / tl.sqrt(variance + eps))
 
     @triton.jit
     def _of_columns(values, n, c, C, size):
         """Two numbers per group -> those of each column, 1 BLOCK each."""
-        values += 2 * (n * (C // size) + c // size)
-        return tl.load(values)[None], tl.load(values + 1)[None]
+        values += n * 2 * (C // size) + c // size
+        return tl.load(values)[None], tl.load(values + C // size)[None]
 
     @triton.jit
     def _normalisation(shift, weight, bias, statistics, n, c, C, size):
@@ -158,8 +159,8 @@ if triton:
     @triton.jit
     def _sums_kernel(x, grad, shift, weight, bias, statistics, sums, L, C, rows, chunks, size,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SILU: tl.constexpr):
-        """Each column of a chunk: the sum of the gradient in front of the SiLU, and behind all of these the
-        sums of it times the normalised input."""
+        """Each column of a chunk: the sum of the gradient in front of the SiLU, and C further on the sum of
+        it times the normalised input."""
         n, first, count, c, start, row, at = _piece(tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
         grad += start
@@ -175,9 +176,9 @@ if triton:
                 times_x += g * value
             x += ROWS * AT_ONCE * C
             grad += ROWS * AT_ONCE * C
-        at = (n * chunks + first // rows) * C + c
-        tl.store(sums + at, tl.sum(plain, axis=0))
-        tl.store(sums + tl.num_programs(0) * BLOCK + at, tl.sum(times_x, axis=0))
+        sums += (n * chunks + first // rows) * 2 * C + c
+        tl.store(sums, tl.sum(plain, axis=0))
+        tl.store(sums + C, tl.sum(times_x, axis=0))
 
     @triton.jit
     def _backward_kernel(x, grad, shift, weight, bias, statistics, of_group, grad_x, L, C, rows, chunks, size,
@@ -389,7 +390,7 @@ class FusedGroupNorm(Kernels):
         wide = power_of_2(size)
         together = min(power_of_2(chunks), max(1, 4 * TILE // wide))
         moments = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
-        statistics, out = x.new_empty(n, groups, 2, dtype=torch.float32), torch.empty_like(x)
+        statistics, out = x.new_empty(n, 2, groups, dtype=torch.float32), torch.empty_like(x)
         _moments_kernel[grid](x, shift, moments, L, c, rows, chunks, ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE)
         _statistics_kernel[n * groups,](
             moments, statistics, eps, L, c, rows, chunks, size,
@@ -408,24 +409,24 @@ class FusedGroupNorm(Kernels):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, shift, weight, bias, statistics, columns = ctx.saved_tensors
-        (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, statistics.shape[1], cut(x)
+        (n, c, h, w), groups, (block, tile, rows, chunks) = x.shape, statistics.shape[2], cut(x)
         L, size, grid = h * w, c // groups, (n * chunks * (c // block),)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        sums, grad_x = x.new_empty(2, n, chunks, c, dtype=torch.float32), torch.empty_like(x)
+        sums, grad_x = x.new_empty(n, chunks, 2, c, dtype=torch.float32), torch.empty_like(x)
         _sums_kernel[grid](x, grad, shift, weight, bias, statistics, sums, L, c, rows, chunks, size,
                            ROWS=tile, BLOCK=block, AT_ONCE=AT_ONCE, SILU=ctx.silu)
-        sums = sums.sum(2)                                                      # 2 n c
-        weighted = (sums * weight).view(2, n, groups, size)
-        of_group = weighted.sum(3).movedim(0, 2).contiguous()                   # n groups 2
+        sums = sums.sum(1)                                                      # n 2 c
+        weighted = (sums * weight).view(n, 2, groups, size)
+        of_group = weighted.sum(3)                                              # n 2 groups
         _backward_kernel[grid](x, grad, shift, weight, bias, statistics, of_group, grad_x, L, c, rows,
                                chunks, size, ROWS=tile, BLOCK=block, SILU=ctx.silu)
-        grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
-        grad_shift = None
+        trains, grad_shift = any(ctx.needs_input_grad[1:3]), None
+        grad_bias, grad_weight = sums.sum(0).to(weight.dtype) if trains else (None, None)   # c each
         if columns is not None:                     # the sums of grad_x, from what is known of its columns
-            mean, rstd = statistics.split(1, dim=2)                                         # n groups 1
-            plain, times_x = of_group.split(1, dim=2)
+            mean, rstd = statistics.unsqueeze(3).unbind(1)                                  # n groups 1
+            plain, times_x = of_group.unsqueeze(3).unbind(1)
             away = (columns.view(n, groups, size) - mean) * rstd
-            grad_shift = rstd * (weighted[0] - (plain + away * times_x) / size)                # n groups size
+            grad_shift = rstd * (weighted[:, 0] - (plain + away * times_x) / size)         # n groups size
             grad_shift = grad_shift.view(n, c).to(shift.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, grad_shift
 
