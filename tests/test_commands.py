@@ -147,6 +147,8 @@ LEFT_OUT = {
     "python results/readme.py": "rewrites this very page; tests/test_evaluate.py has one of its own",
     "python bench.py nets ...": "a GPU",
     "python bench.py train --report results/train.json": "a GPU",
+    "python bench.py train --gpus 2 --discriminators latent ...": "two GPUs",
+    "python bench.py train --discriminators latent ...": "a GPU",
     "python bench.py memory ...": "a GPU",
     "PYTORCH_ALLOC_CONF=per_process_memory_fraction:0.29 ...": "a GPU",
     "python exercises/heads.py ...": "a GPU; tests/test_discriminator.py has a small one",
