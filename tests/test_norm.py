@@ -109,6 +109,16 @@ def test_kernel_takes_one_shift_for_all_frames(tiles):
 
 
 @needs_triton
+def test_frozen_weights_leave_the_other_gradients_as_they_are():
+    x, weight, bias = inputs(FEWER[0])
+    grad = torch.randn_like(x)
+    all_three = torch.autograd.grad(fused(x, weight, bias), (x, weight, bias), grad)
+    of_x, = torch.autograd.grad(fused(x, weight.detach(), bias.detach()), x, grad)
+    of_bias, = torch.autograd.grad(fused(x.detach(), weight.detach(), bias), bias, grad)
+    assert torch.equal(of_x, all_three[0]) and torch.equal(of_bias, all_three[2])
+
+
+@needs_triton
 @pytest.mark.parametrize("mean, std", [(1000.0, 1.0), (-3.0, 1e-3)])
 def test_kernel_keeps_a_small_deviation_from_a_large_mean(mean, std, tiles):
     """Sums of squares would lose it: 1000^2 in fp32 is known to 0.06. What is left is the rounding of the
