@@ -388,9 +388,10 @@ def recorder(on):
                 with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), "thread_local"):
                     outputs = function(*inputs)
                 grads = [p.grad for p in parameters]
-            for own, given in zip(inputs, tensors):
-                if own is not given and calls > 4:      # a history that keeps one finds it as it was recorded
-                    own.copy_(given)
+            else:                                   # not while recording: a history would see a change
+                for own, given in zip(inputs, tensors):
+                    if own is not given:
+                        own.copy_(given)
             graph.replay()
             for p, grad in zip(parameters, grads):
                 p.grad = grad
