@@ -110,7 +110,7 @@ def test_kernel_takes_one_shift_for_all_frames(tiles):
 
 @needs_triton
 def test_frozen_weights_leave_the_other_gradients_as_they_are():
-    x, weight, bias = inputs(FEWER[0])
+    x, weight, bias = inputs((2, 64, 7, 5))
     grad = torch.randn_like(x)
     all_three = torch.autograd.grad(fused(x, weight, bias), (x, weight, bias), grad)
     of_x, = torch.autograd.grad(fused(x, weight.detach(), bias.detach()), x, grad)
