@@ -420,8 +420,9 @@ class FusedGroupNorm(Kernels):
         of_group = weighted.sum(3)                                              # n 2 groups
         _backward_kernel[grid](x, grad, shift, weight, bias, statistics, of_group, grad_x, L, c, rows,
                                chunks, size, ROWS=tile, BLOCK=block, SILU=ctx.silu)
-        trains, grad_shift = any(ctx.needs_input_grad[1:3]), None
-        grad_bias, grad_weight = sums.sum(0).to(weight.dtype) if trains else (None, None)   # c each
+        grad_bias, grad_weight, grad_shift = None, None, None
+        if any(ctx.needs_input_grad[1:3]):
+            grad_bias, grad_weight = sums.sum(0).to(weight.dtype)                           # c each
         if columns is not None:                     # the sums of grad_x, from what is known of its columns
             mean, rstd = statistics.unsqueeze(3).unbind(1)                                  # n groups 1
             plain, times_x = of_group.unsqueeze(3).unbind(1)
