@@ -1,27 +1,28 @@
-"""From an image to a video.
+"""Samplers, and the command line that turns a picture into a video.
 
     $ python sampler.py --image in.png                                 # the toy world, on any computer
-    $ python sampler.py --image in.png --teacher --steps 25            # the teacher, not a one-step student
+    $ python sampler.py --image in.png --teacher --steps 25            # the teacher instead of the student
     $ python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid
     $ python sampler.py --image in.png --num_videos 8 --gallery seeds.png      # one picture, eight futures
 
+    draw_noise          standard normal noise, one generator per clip
     sample              a student: 1 step, k steps, or (tts=True) the Time Travel Sampler
-    sample_teacher      the m-step ODE solver with guidance, 25 steps as SVD is used
+    time_travel         the Time Travel Sampler, with a choice of readouts
+    sample_teacher      the guided ODE solver; SVD uses 25 steps
     decode              latents -> frames
-    Sheets              the pictures of a training run
-    load_image, save_video, and the command line
+    Sheets              sample pictures of a training run
+    main                the command line
 
-A sampler is a function of a network, a condition and noise levels. Noise is drawn on the CPU, one generator
-a clip, so a seed gives the same video on every device and whatever else is in the batch.
-OSV, arXiv 2409.11367: section 4.3 (Time Travel Sampler); v1 and v2 print it differently, see time_travel.
+A sampler is a function of a network, a condition and noise levels. Noise is drawn on the CPU with one
+generator per clip. A seed therefore gives the same noise on every device and in every batch.
+
+OSV, arXiv 2409.11367, section 4.3 (Time Travel Sampler). Versions 1 and 2 of the paper print different
+equations for it; see time_travel.
 """
-import argparse
-import io
 import sys
 import time
-import warnings
 from contextlib import contextmanager
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,22 +31,26 @@ from einops import rearrange
 from tqdm import tqdm
 
 import model
-from data import save_sheet
-from engine import fail, peak_memory, recorder
-from model import SVD, ModelError, default_size, load_student, replacing
+from lora import load_student
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
+from support.checkpoint import ASSETS, DTYPES, SVD, write_safetensors
+from support.engine import command_line, cuda_graph, exit_on_error, fail, number, peak_memory
+from support.kernels import fast
+from support.media import find_images, fit_image, load_image, save_sheet, save_video
 
-TOY = model.ASSETS / "toy"
+TOY = ASSETS / "toy"
 STUDENT = TOY / "student.safetensors"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 150_000_000                # of an input image; more is taken for a decompression bomb
 
 # ---------------------------------------------------------------------------------------------------------
 # Samplers
 
 
 def draw_noise(shape, generator, device):
-    """Standard normal noise [b ...]. generator: one for all clips, or a list with one per clip (CPU)."""
+    """Standard normal noise [b ...] on `device`.
+
+    generator: a CPU generator for all clips, or a list with one per clip. Drawing on the CPU makes the noise
+    of a seed the same on every device.
+    """
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * shape[0]
     assert len(generators) == shape[0], f"{len(generators)} generators for {shape[0]} clips"
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
@@ -53,12 +58,12 @@ def draw_noise(shape, generator, device):
 
 @torch.no_grad()
 def sample(net, cond, sigmas, generator, tts=False):
-    """A student's samples x0 [b f 4 h w] (scaled latents), from noise at sigmas[0].
+    """A student's samples x0 [b f 4 h w] (scaled latents), by multistep consistency sampling
+    (consistency models, arXiv 2303.01469, Algorithm 1).
 
-    sigmas [k + 1], descending, trailing 0: `strided(karras_sigmas(NUM_SIGMAS), k)`. k network evaluations:
-    each jumps to the end of the ODE, then returns to the next noise level with fresh noise (consistency
-    models, arXiv 2303.01469, Algorithm 1). tts: the Time Travel Sampler instead; it needs k = 2, of which it
-    uses the second level as the place it travels to.
+    sigmas [k + 1] is descending with a trailing 0, usually `strided(karras_sigmas(NUM_SIGMAS), k)`. Each of
+    the k network evaluations jumps to the end of the ODE; fresh noise then leads to the next noise level.
+    tts: use the Time Travel Sampler instead. It needs k = 2: the second level is its look-ahead level.
     """
     if tts:
         assert len(sigmas) == 3, f"the Time Travel Sampler takes 2 levels and 0, not {len(sigmas)} values"
@@ -66,7 +71,7 @@ def sample(net, cond, sigmas, generator, tts=False):
     shape, device = cond.image_latents.shape, cond.image_latents.device
     x_t = sigmas[0] * draw_noise(shape, generator, device)                      # b f 4 h w
     for i in range(len(sigmas) - 1):
-        x0_pred = consistency(net, x_t, sigmas[i], cond)
+        x0_pred = consistency(net, x_t, sigmas[i], cond)                        # OSV Eq. 4
         if sigmas[i + 1] > 0:
             x_t = x0_pred + sigmas[i + 1] * draw_noise(shape, generator, device)
     return x0_pred
@@ -74,397 +79,290 @@ def sample(net, cond, sigmas, generator, tts=False):
 
 @torch.no_grad()
 def time_travel(net, cond, sigma_t, sigma_s, generator, readout="look_ahead"):
-    """The Time Travel Sampler for one step (OSV v2, Eq. 13): 2 network evaluations, from sigma_t through the
-    look-ahead level sigma_s.
+    """The Time Travel Sampler for one step: 2 network evaluations, the first at sigma_t, the second at the
+    lower look-ahead level sigma_s. Returns x0 [b f 4 h w]. OSV v2, Eq. 13:
 
-        f = f_theta(x_t, sigma_t)                       a first guess of the clean latent
-        eps = (eps_0 + (x_t - f) / sigma_t) / 2         half fresh noise, half the noise that guess implies
-        f' = f_theta(f + sigma_s eps, sigma_s)          the guess again, from the look-ahead level
+        f = f_theta(x_t, sigma_t)                       first estimate of the clean latent
+        eps = (eps_0 + (x_t - f) / sigma_t) / 2         mean of fresh noise and the noise that f implies
+        f' = f_theta(f + sigma_s eps, sigma_s)          second estimate, from the look-ahead level
 
-    readout: "look_ahead" returns f'. "printed" returns what Eq. 13 prints, which weights the second raw
-    output with the scalings of sigma_t: it differs by a remainder -c_skip(sigma_s) x_s, visible as noise
-    unless sigma_s is large. "v1" is Eq. 11 of the first version of the paper, which does not re-noise: the
-    network sees noise level sigma_t and is told sigma_s, then sees its own first guess as if it were x_t.
-    Returns x0 [b f 4 h w].
+    readout selects what is returned:
+        "look_ahead"    f', the default.
+        "printed"       Eq. 13 as printed. It weights the second raw output with the scalings of sigma_t. The
+                        remainder, -c_skip(sigma_s) x_s, is visible as noise unless sigma_s is large.
+        "v1"            Eq. 11 of version 1 of the paper, which adds no noise between the evaluations. The
+                        first evaluation is told sigma_s although its input has noise level sigma_t, and the
+                        second takes the first estimate as if it were x_t.
     """
     shape, device = cond.image_latents.shape, cond.image_latents.device
     x_t = sigma_t * draw_noise(shape, generator, device)                        # b f 4 h w
     if readout == "v1":
-        return consistency(net, consistency(net, x_t, sigma_s, cond), sigma_t, cond)
-    x0_pred = consistency(net, x_t, sigma_t, cond)
-    fresh = draw_noise(shape, generator, device)
-    x_s = x0_pred + sigma_s * (fresh + (x_t - x0_pred) / sigma_t) / 2
-    x0_pred = consistency(net, x_s, sigma_s, cond)
+        return consistency(net, consistency(net, x_t, sigma_s, cond), sigma_t, cond)    # OSV v1, Eq. 11
+    x0_pred = consistency(net, x_t, sigma_t, cond)                              # Eq. 4: f
+    fresh = draw_noise(shape, generator, device)                                # Eq. 13: eps_0
+    x_s = x0_pred + sigma_s * (fresh + (x_t - x0_pred) / sigma_t) / 2           # Eq. 13: f + sigma_s eps
+    x0_pred = consistency(net, x_s, sigma_s, cond)                              # Eq. 13: f'
     if readout == "look_ahead":
         return x0_pred
     at_s, at_t = precondition(sigma_s), precondition(sigma_t)
-    F_x = (x0_pred - at_s.c_skip * x_s) / at_s.c_out
+    F_x = (x0_pred - at_s.c_skip * x_s) / at_s.c_out                            # Eq. 4, solved for F
     eps = (fresh + (x_s - x0_pred) / sigma_s) / 2
-    return at_t.c_skip * (x0_pred + sigma_t * eps) + at_t.c_out * F_x
+    return at_t.c_skip * (x0_pred + sigma_t * eps) + at_t.c_out * F_x           # Eq. 13 as printed
 
 
 @torch.no_grad()
 def sample_teacher(net, cond, sigmas, generator, guidance=None, progress=iter):
-    """A teacher's samples x0 [b f 4 h w]: the guided Euler solver (Eq. 8) from noise, as SVD is used with
-    karras_sigmas(25). guidance: see solver.guided; (low, high) grows linearly from first to last frame."""
+    """A teacher's samples x0 [b f 4 h w]: the guided Euler solver (OSV Eq. 8), starting from noise.
+
+    SVD is used with sigmas = karras_sigmas(25). guidance: None, a number, a tensor (see solver.guided), or
+    (low, high), which grows linearly from the first frame to the last. progress: wraps the loop (tqdm).
+    """
     shape, device = cond.image_latents.shape, cond.image_latents.device
     if isinstance(guidance, tuple):
         guidance = torch.linspace(*guidance, shape[1], device=device).view(1, -1, 1, 1, 1)     # 1 f 1 1 1
-    sigma = sigmas[0]
-    x_t = (sigma ** 2 + 1) ** 0.5 * draw_noise(shape, generator, device)        # unit-variance data and noise
-    return solve(net, x_t, sigmas, cond, guidance, progress)
+    # Data of unit variance plus noise of variance sigma^2 has variance sigma^2 + 1.
+    x_t = (sigmas[0] ** 2 + 1) ** 0.5 * draw_noise(shape, generator, device)    # b f 4 h w
+    return solve(net, x_t, sigmas, cond, guidance, progress)                    # OSV Eq. 8
 
 
 @torch.no_grad()
 def decode(vae, x0, decode_chunk_size=None, progress=iter):
-    """x0 [b f 4 h w], scaled latents -> frames [b f 3 H W] in [-1, 1].
+    """Scaled latents x0 [b f 4 h w] -> frames [b f 3 H W] in [-1, 1].
 
-    decode_chunk_size: frames at a time; fewer need less memory, but frames on the two sides of a cut no
-    longer see each other, so they differ a little from those of a decode in one go (the default).
+    decode_chunk_size: frames decoded together (default: all of a clip). Smaller chunks need less memory. The
+    temporal layers of the decoder do not see across a cut, so frames near one change slightly.
     """
-    num_frames, size = x0.shape[1], decode_chunk_size or x0.shape[1]
+    num_frames = x0.shape[1]
+    chunk = decode_chunk_size or num_frames
     latents = rearrange(x0 / vae.config["scaling_factor"], "b f c h w -> (b f) c h w")
-    if size < num_frames:
-        parts = [part for clip in latents.split(num_frames) for part in clip.split(size)]
-    else:                                       # small clips together, as much at a time as one of SVD is
-        together = max(1, 14 * 72 * 128 // x0[0, :, 0].numel())
-        parts = latents.split(together * num_frames)
+    if chunk < num_frames:
+        parts = [part for clip in latents.split(num_frames) for part in clip.split(chunk)]
+    else:                               # several small clips together, up to the size of one SVD clip
+        clips_together = max(1, 14 * 72 * 128 // x0[0, :, 0].numel())
+        parts = latents.split(clips_together * num_frames)
     frames = torch.cat([vae.decode(part, min(len(part), num_frames)).float() for part in progress(parts)])
     return rearrange(frames.clamp(-1, 1), "(b f) c h w -> b f c h w", f=num_frames)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures in, videos out
-
-
-def load_image(source):
-    """The picture in a file, as people see it: PIL image, RGB, turned upright (EXIF), transparency on white.
-    Raises OSError or ValueError with a sentence."""
-    from PIL import Image, ImageOps
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # we have a limit of our own
-        try:
-            with Image.open(source) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                image = ImageOps.exif_transpose(file)
-                image.load()
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"more than {MAX_PIXELS // 10 ** 6} million pixels: make it smaller") from error
-        except (OSError, SyntaxError, EOFError, ValueError) as error:
-            raise ValueError(f"cannot be read as a picture ({error})") from error
-    if image.mode.startswith("I"):                                      # 16-bit grey; convert() would clip it
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def fit_image(image, width, height):
-    """PIL image of any size -> [3 H W] in [-1, 1], cut at the centre to the aspect ratio, then resized.
-    Also returns what was cut: (share of width kept, share of height kept)."""
-    from PIL import Image
-    scale = max(width / image.width, height / image.height)
-    box_w, box_h = width / scale, height / scale
-    left, top = (image.width - box_w) / 2, (image.height - box_h) / 2
-    box = (left, top, left + box_w, top + box_h)
-    kept = box_w / image.width, box_h / image.height
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return rearrange(pixels, "h w c -> c h w").float() / 127.5 - 1, kept
-
-
-def save_video(frames, file, fps):
-    """frames [f 3 H W] in [-1, 1] -> .mp4 (H.264, yuv420p), .gif, or .png (contact sheet), by suffix. The
-    file appears whole or not at all."""
-    from PIL import Image
-    if file.suffix == ".png":
-        return save_sheet(frames[None], file)
-    pixels = ((frames + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-    pixels = rearrange(pixels, "f c h w -> f h w c").numpy()
-    with replacing(file) as part:
-        if file.suffix == ".mp4":
-            write_mp4(pixels, part, fps)
-        else:
-            images = [Image.fromarray(frame) for frame in pixels]
-            palette = Image.fromarray(rearrange(pixels, "f h w c -> (f h) w c")).quantize(256)
-            images = [image.quantize(palette=palette) for image in images]
-            # A gif counts time in 1/100 s: rounding the frames' start times keeps the average rate exact.
-            starts = [round(100 * i / fps) for i in range(len(images) + 1)]
-            durations = [10 * (b - a) for a, b in zip(starts, starts[1:])]
-            images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-
-
 class Sheets:
-    """Pictures of a training run: the same clips in rows, real, by the teacher, by one step, and by one step
-    with the Time Travel Sampler. x0 and cond: real clips; net: the teacher now, the student when `save` is
-    called."""
+    """Sample pictures of a training run. Each row shows the same clips: real, from the teacher, from one step
+    of the student, and from one step with the Time Travel Sampler.
+
+    net: must be the teacher when the object is made and the student when `save` is called. x0 [n f 4 h w] and
+    cond: real clips. seed: of the first clip; the others use the following numbers.
+    """
 
     def __init__(self, net, vae, x0, cond, teacher_steps, seed):
         self.net, self.vae, self.cond, self.seed = net, vae, cond, seed
         teacher = self.draw(sample_teacher, karras_sigmas(teacher_steps), guidance=(1.0, 3.0))
-        self.fixed_rows = [decode(vae, x).cpu() for x in (x0, teacher)]
+        self.fixed_rows = [decode(vae, x).cpu() for x in (x0, teacher)]         # n f 3 H W each
 
-    def draw(self, sampler, sigmas, **how):
-        """One clip after the other, each from a seed of its own: memory is that of one -> x0 [n f 4 h w]."""
-        clips = enumerate(zip(*(tensor.split(1) for tensor in self.cond)), self.seed)
-        return torch.cat([
-            sampler(self.net, model.Cond(*cond), sigmas, torch.Generator().manual_seed(seed), **how)
-            for seed, cond in clips])
+    def draw(self, sampler, sigmas, **options):
+        """Samples x0 [n f 4 h w], one clip at a time, so that memory does not grow with n."""
+        samples = []
+        for i in range(len(self.cond.time_ids)):
+            cond = model.Cond(*(tensor[i:i + 1] for tensor in self.cond))
+            generator = torch.Generator().manual_seed(self.seed + i)
+            samples.append(sampler(self.net, cond, sigmas, generator, **options))
+        return torch.cat(samples)
 
     def save(self, folder, step, fps):
-        """Writes sample-STEP.png and .mp4 into the folder."""
+        """Writes sample-STEP.png (a contact sheet) and sample-STEP.mp4 (all clips in a grid)."""
         sigmas = karras_sigmas(NUM_SIGMAS)
-        latents = [self.draw(sample, strided(sigmas, k), tts=k == 2) for k in (1, 2)]
-        rows = self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in latents]             # n f 3 H W each
+        students = self.draw(sample, strided(sigmas, 1)), self.draw(sample, strided(sigmas, 2), tts=True)
+        rows = self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in students]
         save_sheet(torch.cat(rows), folder / f"sample-{step:06d}.png")
-        together = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")
-        save_video(together, folder / f"sample-{step:06d}.mp4", fps)
-
-
-def write_mp4(pixels, file, fps):
-    """pixels [f H W 3] uint8 -> an mp4 that plays everywhere: H.264, 4:2:0, BT.709 said and meant."""
-    import av
-    with av.open(str(file), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16", "preset": "slow"})
-        stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
-        for frame in pixels:
-            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        grid = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")
+        save_video(grid, folder / f"sample-{step:06d}.mp4", fps)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="sampler.py", description="Turn a picture into a video.", allow_abbrev=False,
-        usage="python sampler.py --image IN [--out out.mp4] [options]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
-    parser.error = fail
+def make_parser():
+    parser = command_line("Turn a picture into a video.", usage="%(prog)s --image IN [--out OUT] [options]")
 
-    def flag(name, help, **settings):
-        shown = " (default: %(default)s)" if settings.get("default") is not None else ""
-        group.add_argument(name, help=help + shown, **settings)
+    flag = parser.add_argument_group("what").add_argument
+    flag("--image", nargs="+", required=True, metavar="IN", help="pictures, folders of them, or - for stdin")
+    flag("--out", type=Path, default="out.mp4", help=".mp4, .gif or .png; several get picture and seed added")
+    flag("--num_videos", type=number(1, 1000), default=1, help="videos per picture, with consecutive seeds")
+    flag("--gallery", type=Path, metavar="PNG", help="also write one contact sheet with a row per video")
+    flag("--save_latents", action="store_true", help="also write the latents, as .safetensors")
+    flag("--num_frames", type=number(1, 1000), help="length (default: what the model was trained for)")
+    flag("--width", type=number(64, 8192), help="pixels (default: 1024 for SVD, 128 in the toy world)")
+    flag("--height", type=number(64, 8192), help="pixels (default: 576 or 128); both become multiples of 64")
+    flag("--fps", type=number(1, 60), default=7, help="frames per second")
+    flag("--motion_bucket_id", type=number(0, 255), default=127, help="amount of motion, 1 to 255")
+    flag("--noise_aug_strength", type=number(0.0, 10.0), default=0.02, help="noise on the picture")
+    flag("--seed", type=number(0, 2 ** 63), default=0, help="of the first video; later ones count up from it")
 
-    group = parser.add_argument_group("what")
-    flag("--image", nargs="+", required=True, metavar="IN",
-         help="picture, several, a folder of them, or - for one from stdin")
-    flag("--out", type=Path, default=Path("out.mp4"),
-         help=".mp4, .gif or .png (contact sheet); of several, picture and seed are in the name")
-    flag("--num_videos", type=int, metavar="N", default=1, help="of each picture, with seeds of their own")
-    flag("--gallery", type=Path, metavar="PNG", help="also one contact sheet of all videos, a row each")
-    flag("--save_latents", action="store_true", help="also the video's latents, beside it as .safetensors")
-    flag("--num_frames", type=int, metavar="N",
-         help="length of the video (default: what the model was trained for)")
-    flag("--width", type=int, metavar="N", help="pixels (default: 1024 for SVD, 128 in the toy world)")
-    flag("--height", type=int, metavar="N", help="the same (default: 576, 128); both become multiples of 64")
-    flag("--fps", type=int, metavar="N", default=7, help="frames per second")
-    flag("--motion_bucket_id", type=int, metavar="N", default=127, help="amount of motion, 1 to 255")
-    flag("--noise_aug_strength", type=float, metavar="X", default=0.02,
-         help="noise on the picture; more lets the video leave it further behind")
-    flag("--seed", type=int, metavar="N", default=0, help="of the first video; the next ones count on")
-    group = parser.add_argument_group("with which model")
+    flag = parser.add_argument_group("with which model").add_argument
     flag("--model", default="toy", help=f"toy, a folder in the diffusers layout, or a hub id such as {SVD}")
     flag("--variant", help="weights to read, e.g. fp16 for *.fp16.safetensors")
     flag("--revision", help="branch, tag or commit of a hub id")
-    flag("--student", metavar="PATH",
-         help="distilled UNet (folder, hub id, file) or LoRA (folder, file) for its UNet")
-    flag("--teacher", action="store_true", help="the model's own UNet, even if there is a student")
-    group = parser.add_argument_group("how")
-    flag("--steps", type=int, metavar="N", help="solver steps (default: 1 for a student, 25 for a teacher)")
-    flag("--tts", action="store_true", default=None,
-         help="Time Travel Sampler: a one-step student looks twice (default: on for --steps 1)")
-    flag("--no_tts", dest="tts", action="store_false", help="one look only")
-    flag("--min_guidance_scale", type=float, metavar="X", default=1.0,
-         help="teacher's guidance on the first frame")
-    flag("--max_guidance_scale", type=float, metavar="X", default=3.0,
-         help="and on the last; 1 and 1 is none, twice as fast")
-    flag("--decode_chunk_size", type=int, metavar="N",
-         help="frames decoded at a time: fewer save memory and differ a little at the cuts (default: all)")
-    flag("--offload", action="store_true", help="keep each network on the GPU only while it runs")
-    flag("--cuda_graph", action="store_true",
-         help="replay the UNet's launches from its 4th call on: faster where it is small, or the GPU is fast")
-    flag("--dtype", choices=("fp32", "bf16", "fp16"),
-         help="inside the networks (default: bf16 on GPUs that have it, else fp32)")
-    flag("--device", help="cuda, mps or cpu (default: the first of these that is there)")
-    args = parser.parse_args(argv)
+    flag("--student", metavar="PATH", help="distilled UNet (folder, hub id, file) or LoRA (folder, file)")
+    flag("--teacher", action="store_true", help="use the model's own UNet, even if there is a student")
 
-    for name, low, high in (
-            ("num_frames", 1, 1000), ("num_videos", 1, 1000), ("width", 64, 8192), ("height", 64, 8192),
-            ("fps", 1, 60), ("motion_bucket_id", 0, 255), ("noise_aug_strength", 0, 10), ("steps", 1, 1000),
-            ("decode_chunk_size", 1, 1000), ("seed", 0, 2 ** 63),
-            ("min_guidance_scale", 0, 100), ("max_guidance_scale", 0, 100)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name} {value}: not between {low} and {high}")
-    if args.out.suffix not in (".mp4", ".gif", ".png"):
-        fail(f"--out {args.out}: the name must end in .mp4, .gif or .png")
-    if args.gallery and args.gallery.suffix != ".png":
-        fail(f"--gallery {args.gallery}: the name must end in .png")
-    for name, file in (("out", args.out), ("gallery", args.gallery or args.out)):
-        if not file.parent.is_dir():
-            fail(f"--{name} {file}: there is no folder {file.parent}")
+    flag = parser.add_argument_group("how").add_argument
+    flag("--steps", type=number(1, 1000), help="solver steps (default: 1 for a student, 25 for a teacher)")
+    flag("--tts", action="store_true", default=None, help="Time Travel Sampler (default: on with --steps 1)")
+    flag("--no_tts", dest="tts", action="store_false", default=None, help="a one-step student runs once")
+    flag("--min_guidance_scale", type=number(0.0, 100.0), default=1.0, help="teacher's, on the first frame")
+    flag("--max_guidance_scale", type=number(0.0, 100.0), default=3.0, help="on the last; 1, 1: no guidance")
+    flag("--decode_chunk_size", type=number(1, 1000), help="frames at once; fewer save memory (default: all)")
+    flag("--offload", action="store_true", help="keep each network on the GPU only while it runs")
+    flag("--cuda_graph", action="store_true", help="record the UNet as a CUDA graph; fast after 4 calls")
+    flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
+    flag("--dtype", choices=DTYPES, help="of the networks (default: bf16 on GPUs that have it, else fp32)")
+    flag("--device", help="cuda, mps or cpu (default: the first of these that is available)")
+    return parser
+
+
+def parse_args(argv=None):
+    args = make_parser().parse_args(argv)
+    for file, suffixes in ((args.out, (".mp4", ".gif", ".png")), (args.gallery, (".png",))):
+        if file and file.suffix not in suffixes:
+            fail(f"{file}: the name must end in {' or '.join(suffixes)}")
+        if file and not file.parent.is_dir():
+            fail(f"{file}: there is no folder {file.parent}")
     if args.teacher and (args.student or args.tts):
-        other = "--student" if args.student else "--tts"
-        fail(f"--teacher does not go with {other}: that is for distilled UNets")
+        fail(f"--teacher does not go with {'--student' if args.student else '--tts'}, which needs a student")
     if args.offload and args.cuda_graph:
-        fail("--offload does not go with --cuda_graph: what is recorded has the weights in one place")
+        fail("--offload does not go with --cuda_graph: a recorded graph needs the weights to stay in place")
     if args.tts and args.steps not in (None, 1):
         fail(f"--tts --steps {args.steps}: the Time Travel Sampler is for one step")
+    if args.model == "toy":
+        args.model = TOY
+        args.student = args.student or (STUDENT if STUDENT.is_file() and not args.teacher else None)
     return args
 
 
-def find_images(paths):
-    """[(name for the output, path)] of pictures and folders of pictures, in the order given."""
-    files = []
-    for path in paths:
-        if "://" in path:
-            fail(f"--image {path}: a URL; download it and give the file, or pipe it into --image -")
-        found = [Path(path)]
-        if Path(path).is_dir():
-            found = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            fail(f"--image {path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
-        files += found
-    stems = [file.stem for file in files]
-    return [(f"{stem}_{stems[:i].count(stem)}" if stem in stems[:i] else stem, file)
-            for i, (stem, file) in enumerate(zip(stems, files))]
-
-
-def pick_device(args):
-    backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name, there in backends.items() if there]
+def choose_device(args):
+    """(device, dtype) that the flags ask for, or the fastest on this computer."""
+    backends = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    available = [name for name, count in backends.items() if count]
     device = args.device or available[0]
-    if device.split(":")[0] not in available:
+    if device not in available + [f"{name}:{i}" for name in available for i in range(backends[name])]:
         fail(f"--device {device}: not available here; use {' or '.join(available)}")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        fail(f"--device {device}: {error}")
+    device = torch.device(device)
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    dtype = args.dtype or ("bf16" if has_bf16 else "fp32")
-    return device, model.DTYPES[dtype]
+    return device, DTYPES[args.dtype or ("bf16" if has_bf16 else "fp32")]
+
+
+def load_networks(args, dtype):
+    """(UNet, VAE, image encoder) of --model. With --student, the UNet is the student."""
+    if args.model == TOY:
+        print("toy model: it knows moving shapes, not photographs. For Stable Video Diffusion itself add "
+              f"--model {SVD} (9 GB; non-commercial licence of Stability AI)", file=sys.stderr)
+    source = dict(variant=args.variant, revision=args.revision)
+    # The VAE overflows in fp16.
+    vae = model.load_vae(args.model, dtype=torch.float32 if dtype == torch.float16 else dtype, **source)
+    image_encoder = model.load_image_encoder(args.model, dtype=dtype, **source)
+    unet = model.load_unet(args.model, dtype=dtype, **source)
+    if args.student:
+        unet = load_student(args.student, unet, args.variant)
+    if not args.plain:
+        unet, vae = fast(unet), fast(vae)
+    return unet, vae, image_encoder
+
+
+def choose_size(args, unet):
+    """(width, height) of the video in pixels: multiples of what the VAE and the UNet's levels divide by."""
+    stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
+    default = model.default_size(unet)
+    asked = args.width or default[0], args.height or default[1]
+    width, height = (max(stride, round(side / stride) * stride) for side in asked)
+    if (width, height) != asked:
+        print(f"size {asked[0]}x{asked[1]} becomes {width}x{height}, multiples of {stride}", file=sys.stderr)
+    return width, height
+
+
+def choose_sampler(args, net, device):
+    """(draw, its description), where draw(cond, generator=generator) -> x0 [b f 4 h w]."""
+    if args.cuda_graph and device.type == "cuda":
+        net = cuda_graph(net)
+    if args.student:
+        steps = args.steps or 1
+        tts = steps == 1 if args.tts is None else args.tts
+        sigmas = strided(karras_sigmas(NUM_SIGMAS), 2 if tts else steps)
+        name = f"{steps}-step student" + " with Time Travel Sampler" * tts
+        return partial(sample, net, sigmas=sigmas, tts=tts), f"{name}, {len(sigmas) - 1} network evaluations"
+    steps = args.steps or 25
+    guidance = (args.min_guidance_scale, args.max_guidance_scale)
+    guidance = guidance if max(guidance) > 1 else None
+    draw = partial(sample_teacher, net, sigmas=karras_sigmas(steps), guidance=guidance,
+                   progress=progress_bar("denoise"))
+    return draw, f"{steps}-step teacher, {steps * (2 if guidance else 1)} network evaluations"
+
+
+def progress_bar(name):
+    """Wraps a sequence in a progress bar, on a terminal and if it has more than one element."""
+    return lambda steps: tqdm(steps, name, leave=False, disable=len(steps) < 2 or None)
 
 
 @contextmanager
 def on_device(net, device, offload):
+    """The network is on the device inside the block, and with `offload` back on the CPU after it."""
     yield net.to(device)
     if offload:
         net.to("cpu")
 
 
-def bar(steps, name):
-    return tqdm(steps, name, leave=False, disable=len(steps) < 2 or None)       # None: only on a terminal
+@torch.no_grad()
+def make_video(args, networks, draw, pixels, seed):
+    """Picture [3 H W] in [-1, 1] -> latents x0 [f 4 h w] and frames [f 3 H W] in [-1, 1]."""
+    unet, vae, image_encoder = networks
+    place = partial(on_device, device=pixels.device, offload=args.offload)
+    generator = torch.Generator().manual_seed(seed)
+    noise = draw_noise((1, *pixels.shape), generator, pixels.device)            # 1 3 H W
+    with place(vae), place(image_encoder):
+        cond = model.encode_condition(
+            vae, image_encoder, pixels[None], noise, num_frames=args.num_frames or unet.config["num_frames"],
+            fps=args.fps, motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength)
+    with place(unet):
+        x0 = draw(cond, generator=generator)                                    # 1 f 4 h w
+    with place(vae):
+        frames = decode(vae, x0, args.decode_chunk_size, progress_bar("decode"))        # 1 f 3 H W
+    return x0[0], frames[0]
 
 
+@exit_on_error(memory_hint="try --decode_chunk_size 2, --offload, or a smaller --width and --height")
 def main():
     start = time.perf_counter()
     args = parse_args()
-    images = []                                                       # all are read before anything is loaded
-    for name, file in find_images(args.image):
-        try:
-            source = io.BytesIO(sys.stdin.buffer.read()) if str(file) == "-" else file
-            images.append((name, file, load_image(source)))
-        except (OSError, ValueError) as error:
-            fail(f"--image {file}: {error}")
-    device, dtype = pick_device(args)
+    images = [(name, path, load_image(path)) for name, path in find_images(args.image)]
+    device, dtype = choose_device(args)
+    networks = load_networks(args, dtype)
+    unet = networks[0]
+    width, height = choose_size(args, unet)
+    draw, description = choose_sampler(args, unet, device)
 
-    root = args.model
-    if root == "toy":
-        root = TOY
-        if not (TOY / "unet").is_dir():
-            fail(f"the toy networks are not in {TOY}: make them with `python train_toy.py` or give a --model")
-        print("toy model: it knows moving shapes, not photographs. For Stable Video Diffusion itself add "
-              f"--model {SVD} (9 GB; non-commercial licence of Stability AI)", file=sys.stderr)
-    student = args.student or (STUDENT if root == TOY and STUDENT.is_file() else None)
-    if args.teacher:
-        student = None
-    source = dict(variant=args.variant, revision=args.revision)
-    vae_dtype = torch.float32 if dtype == torch.float16 else dtype             # the VAE overflows in fp16
-    vae = model.load_vae(root, dtype=vae_dtype, **source)
-    image_encoder = model.load_image_encoder(root, dtype=dtype, **source)
-    unet = model.load_unet(root, dtype=dtype, **source)
-    if student:
-        unet = load_student(student, unet, args.variant)
-
-    num_frames = args.num_frames or unet.config["num_frames"]
-    stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
-    asked = tuple(side or default for side, default in zip((args.width, args.height), default_size(unet)))
-    width, height = (max(stride, round(v / stride) * stride) for v in asked)
-    if (width, height) != asked:
-        print(f"size {asked[0]}x{asked[1]} becomes {width}x{height}: this model needs multiples of {stride}",
-              file=sys.stderr)
-    steps = args.steps or (1 if student else 25)
-    tts = steps == 1 if args.tts is None else args.tts
-    guidance = (args.min_guidance_scale, args.max_guidance_scale)
-    guidance = None if max(guidance) <= 1 else guidance
-    if student:
-        sigmas = strided(karras_sigmas(NUM_SIGMAS), 2 if tts else steps)
-        evaluations, how = len(sigmas) - 1, f"{steps}-step student" + " with Time Travel Sampler" * tts
-    else:
-        sigmas = karras_sigmas(steps)
-        evaluations, how = steps * (2 if guidance else 1), f"{steps}-step teacher"
-
-    net = recorder(args.cuda_graph and device.type == "cuda")(unet)
-    gallery = []                                                                # of f 3 h w
-    for i, (name, file, image) in enumerate(image for image in images for _ in range(args.num_videos)):
-        seed, (pixels, kept) = args.seed + i, fit_image(image, width, height)
-        if min(kept) < 0.99 and i % args.num_videos == 0:
-            print(f"{file}: cut to {kept[0]:.0%} of its width and {kept[1]:.0%} of its height, "
-                  f"for {width}x{height}", file=sys.stderr)
-        tail = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
-        out = args.out.with_stem(args.out.stem + tail)
-        generator = torch.Generator().manual_seed(seed)
-        pixels = pixels[None].to(device)                                        # 1 3 H W
-        noise = draw_noise(pixels.shape, generator, device)
-        with (torch.no_grad(), on_device(vae, device, args.offload),
-              on_device(image_encoder, device, args.offload)):
-            cond = model.encode_condition(
-                vae, image_encoder, pixels, noise, num_frames=num_frames, fps=args.fps,
-                motion_bucket_id=args.motion_bucket_id, noise_aug_strength=args.noise_aug_strength)
-        with on_device(unet, device, args.offload):
-            if student:
-                x0 = sample(net, cond, sigmas, generator, tts)
-            else:
-                x0 = sample_teacher(net, cond, sigmas, generator, guidance, lambda r: bar(r, "denoise"))
-        with on_device(vae, device, args.offload):
-            frames = decode(vae, x0, args.decode_chunk_size, lambda r: bar(r, "decode"))
-        if not frames.isfinite().all():
-            fail(f"{file}: the networks returned NaN or infinity in {dtype}; try --dtype fp32")
-        save_video(frames[0], out, args.fps)
-        if args.save_latents:
-            model.write_safetensors(out.with_suffix(".safetensors"), {"latents": x0[0]})
-        if args.gallery:
-            gallery.append(F.interpolate(frames[0], scale_factor=min(1, 256 / width), mode="area").cpu())
-        print(f"wrote {out}: {num_frames} frames of {width}x{height} at {args.fps} fps, "
-              f"seed {seed}, {how}, {evaluations} network evaluations, "
-              f"{time.perf_counter() - start:.1f} s, {peak_memory(device):.1f} GB of "
-              + "GPU " * (device.type == "cuda") + "memory")
-        start = time.perf_counter()
+    gallery = []                                                        # f 3 h w each
+    for i, (name, file, image) in enumerate(images):
+        pixels, kept = fit_image(image, width, height)                  # 3 H W
+        if min(kept) < 0.99:
+            print(f"{file}: cut to {kept[0]:.0%} of its width, {kept[1]:.0%} of its height", file=sys.stderr)
+        first_seed = args.seed + i * args.num_videos
+        for seed in range(first_seed, first_seed + args.num_videos):
+            x0, frames = make_video(args, networks, draw, pixels.to(device), seed)
+            if not frames.isfinite().all():
+                fail(f"{file}: the networks returned NaN or infinity in {dtype}; try --dtype fp32")
+            suffix = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
+            out = args.out.with_stem(args.out.stem + suffix)
+            save_video(frames, out, args.fps)
+            if args.save_latents:
+                write_safetensors(out.with_suffix(".safetensors"), {"latents": x0})
+            if args.gallery:
+                gallery.append(F.interpolate(frames, scale_factor=min(1, 256 / width), mode="area").cpu())
+            print(f"wrote {out}: {len(frames)} frames of {width}x{height} at {args.fps} fps, seed {seed}, "
+                  f"{description}, {time.perf_counter() - start:.1f} s, {peak_memory(device):.1f} GB of "
+                  f"{'GPU ' * (device.type == 'cuda')}memory")
+            start = time.perf_counter()
     if args.gallery:
         save_sheet(torch.stack(gallery), args.gallery)
-        print(f"wrote {args.gallery}: {len(gallery)} videos, a row each")
-
-
-def cli():
-    try:
-        main()
-    except (ModelError, OSError) as problem:
-        fail(str(problem))
-    except torch.OutOfMemoryError:
-        fail("out of GPU memory; try --decode_chunk_size 2, --offload, or a smaller --width and --height")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        print(f"wrote {args.gallery}: {len(gallery)} videos, one per row")
 
 
 if __name__ == "__main__":
-    cli()
+    main()

@@ -1,16 +1,18 @@
-"""From noise to data along sigma: everything that is arithmetic, in fp32, around a network's raw output.
+"""From noise to data: the noise levels and the equations around the network's raw output, all in fp32.
 
-    karras_sigmas, strided    the noise levels
-    precondition              EDM scalings c_skip, c_out, c_in, c_noise for SVD's v-prediction
-    consistency               f(x, sigma): the network's estimate of the clean latent
-    guided                    the same with classifier-free guidance
-    euler_step, solve         the probability-flow ODE: one Euler step, m steps of the guided teacher
+    karras_sigmas, strided    grids of noise levels                                           EDM Eq. 5
+    precondition              scalings c_skip, c_out, c_in, c_noise of SVD's v-prediction     EDM Table 1
+    consistency               f(x, sigma), the network's estimate of the clean latent         OSV Eq. 4
+    guided                    f with classifier-free guidance                                 OSV section 4.2
+    euler_step                one Euler step of the probability-flow ODE                      EDM Eq. 3
+    solve                     m Euler steps of the guided teacher                             OSV Eq. 8
 
 The noise level is `sigma`: x_t = x0 + sigma_t * noise, from 700 (noise) down to 0 (data). Subscript t is the
-noisier end of a step and s the cleaner one. A sigma is a number or a tensor with one value per clip [b].
-Karras et al., arXiv 2206.00364 (EDM); OSV, arXiv 2409.11367, Eqs. 2-5 and 8.
+noisier end of a step and s the cleaner one. A sigma is a number, or a tensor with one value per clip [b].
+
+EDM is Karras et al., arXiv 2206.00364. OSV is arXiv 2409.11367.
 """
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 
@@ -19,48 +21,30 @@ from model import Cond, unconditional
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 700.0, 7.0      # SVD's scheduler_config.json; rho is EDM's
 NUM_SIGMAS = 100                                   # OSV section 5: "100 timesteps"
 
+# ---------------------------------------------------------------------------------------------------------
+# Noise levels
+
 
 def karras_sigmas(n, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
-    """EDM Eq. 5: n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho), then 0.
+    """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho), then 0 (EDM Eq. 5).
     Returns fp32 [n + 1]."""
     assert n >= 1 and 0 < sigma_min <= sigma_max, f"no grid of {n} levels from {sigma_max} to {sigma_min}"
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)                         # n: i / (n - 1)
     lo, hi = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = (hi + ramp * (lo - hi)) ** rho
+    sigmas = (hi + ramp * (lo - hi)) ** rho                                     # EDM Eq. 5
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
 def strided(sigmas, k):
     """The k-step grid inside a fine one [n + 1]: every floor(n / k)-th level from the top, then 0 -> [k + 1].
 
-    This is how a student is sampled: each level is one it was trained at, and the step from the last level
-    to 0 stays long. (A Karras grid of k levels ends at sigma_min instead: for k = 2 its second step would
-    start from 0.002, where there is nothing left to do.)
+    Students are sampled on it. Each level is one that the student was trained at, and the last step, to 0,
+    stays long. (karras_sigmas(k) would end at sigma_min: for k = 2 its second step starts from 0.002, where
+    almost no noise is left to remove.)
     """
     n = len(sigmas) - 1
     assert 1 <= k <= n, f"no {k}-step grid inside {n} noise levels"
     return torch.cat([sigmas[:k * (n // k):n // k], sigmas[-1:]])
-
-
-class Precondition(NamedTuple):
-    c_skip: torch.Tensor
-    c_out: torch.Tensor
-    c_in: torch.Tensor
-    c_noise: torch.Tensor
-
-
-def precondition(sigma):
-    """EDM Table 1 for sigma_data = 1, with the sign of F that makes it SVD's v-prediction:
-
-        c_skip = 1 / (sigma^2 + 1)     c_out = -sigma / sqrt(sigma^2 + 1)
-        c_in = 1 / sqrt(sigma^2 + 1)   c_noise = ln(sigma) / 4
-
-    At sigma = 0: c_skip = 1 and c_out = 0, so f(x, 0) = x, the boundary condition of a consistency function
-    (OSV Eq. 4), holds exactly; c_noise is kept finite there.
-    """
-    sigma = torch.as_tensor(sigma, dtype=torch.float32)
-    square = sigma.square() + 1
-    return Precondition(1 / square, -sigma * square.rsqrt(), square.rsqrt(), sigma.clamp(min=1e-20).log() / 4)
 
 
 def per_clip(sigma, x):
@@ -68,24 +52,48 @@ def per_clip(sigma, x):
     return torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x)).view(-1, 1, 1, 1, 1)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Preconditioning and the consistency function
+
+
+Precondition = namedtuple("Precondition", "c_skip c_out c_in c_noise")
+
+
+def precondition(sigma):
+    """The scalings of EDM Table 1 for sigma_data = 1, fp32 and shaped like sigma. The negative sign of c_out
+    makes the raw output F SVD's v-prediction.
+
+        c_skip = 1 / (sigma^2 + 1)     c_out = -sigma / sqrt(sigma^2 + 1)
+        c_in = 1 / sqrt(sigma^2 + 1)   c_noise = ln(sigma) / 4
+
+    At sigma = 0, c_skip = 1 and c_out = 0. So f(x, 0) = x, the boundary condition of a consistency function
+    (OSV Eq. 4), holds exactly. c_noise stays finite there.
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float32)
+    square = sigma.square() + 1
+    c_noise = sigma.clamp(min=1e-20).log() / 4
+    return Precondition(1 / square, -sigma * square.rsqrt(), square.rsqrt(), c_noise)      # EDM Table 1
+
+
 def consistency(net, x_t, sigma, cond):
     """f_theta(x_t, sigma) = c_skip x_t + c_out F_theta(c_in x_t; c_noise, cond), OSV Eq. 4.
 
-    For a distilled student this is the clean latent at the end of the ODE; for a teacher it is the mean of
-    all clean latents that x_t may have come from ("denoised"). net: model.UNet, or anything called like it.
-    x_t [b f c h w] -> x0_pred [b f c h w].
+    For a distilled student this is the clean latent at the end of the ODE. For a teacher it is the mean of
+    all clean latents that x_t may come from ("denoised").
+
+    net: model.UNet, or any function with its arguments. x_t [b f c h w] -> x0_pred [b f c h w].
     """
     c_skip, c_out, c_in, c_noise = precondition(per_clip(sigma, x_t))
     inputs = torch.cat([c_in * x_t, cond.image_latents.float()], dim=2)         # b f 2c h w
     F_x = net(inputs, c_noise.flatten(), cond.image_embeds, cond.time_ids)      # b f c h w
-    return c_skip * x_t + c_out * F_x
+    return c_skip * x_t + c_out * F_x                                           # OSV Eq. 4
 
 
 def guided(net, x_t, sigma, cond, guidance=None):
-    """Classifier-free guidance, OSV section 4.2: f_uncond + w (f_cond - f_uncond), both in one batch.
+    """Classifier-free guidance: f_uncond + w (f_cond - f_uncond), both in one batch (OSV section 4.2).
 
-    guidance w: None (off: conditional only, half the cost), a number, or a tensor that broadcasts to
-    b f 1 1 1; SVD lets w grow linearly over the frames. x_t [b f c h w] -> denoised [b f c h w].
+    guidance: w, a number or a tensor that broadcasts to b f 1 1 1; SVD increases w linearly over the frames.
+    None turns guidance off, at half the cost: f_cond alone. x_t [b f c h w] -> denoised [b f c h w].
     """
     if guidance is None:
         return consistency(net, x_t, sigma, cond)
@@ -95,26 +103,32 @@ def guided(net, x_t, sigma, cond, guidance=None):
     return denoised_uncond + guidance * (denoised_cond - denoised_uncond)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The probability-flow ODE
+
+
 def euler_step(x_t, denoised, sigma_t, sigma_s):
     """One Euler step of dx / d sigma = (x - denoised) / sigma from sigma_t to sigma_s (EDM Eq. 3):
 
         x_s = x_t + (sigma_s - sigma_t) / sigma_t (x_t - denoised)
             = denoised + sigma_s / sigma_t (x_t - denoised)
 
-    The second form has no difference of large numbers: a step to 0 returns exactly `denoised`.
+    The second form is the one computed. It has no difference of large numbers: a step to 0 returns exactly
+    `denoised`. x_t, denoised [b f c h w] -> x_s [b f c h w].
     """
-    return denoised + per_clip(sigma_s, x_t) / per_clip(sigma_t, x_t) * (x_t - denoised)
+    return denoised + per_clip(sigma_s, x_t) / per_clip(sigma_t, x_t) * (x_t - denoised)        # EDM Eq. 3
 
 
 @torch.no_grad()
 def solve(teacher, x_t, sigmas, cond, guidance=None, progress=iter):
-    """OSV Eq. 8: len(sigmas) - 1 Euler steps of the guided teacher, from sigmas[0] to sigmas[-1].
+    """len(sigmas) - 1 Euler steps of the guided teacher, from sigmas[0] to sigmas[-1] (OSV Eq. 8).
 
-    sigmas [m + 1], or [m + 1, b] with a grid per clip; steps that start at sigma 0 leave x unchanged, so a
-    grid may be padded with zeros. progress: wraps the iteration (tqdm). x_t -> x_s, both [b f c h w].
+    sigmas [m + 1], or [m + 1, b] with a grid per clip. A step that starts at sigma 0 leaves x unchanged, so a
+    grid may be padded with zeros. progress: wraps the loop (tqdm). x_t [b f c h w] -> x_s [b f c h w].
     """
     for i in progress(range(len(sigmas) - 1)):
         sigma_t = per_clip(sigmas[i], x_t)
         denoised = guided(teacher, x_t, sigma_t.flatten(), cond, guidance)
-        x_t = torch.where(sigma_t > 0, euler_step(x_t, denoised, sigma_t.flatten(), sigmas[i + 1]), x_t)
+        x_s = euler_step(x_t, denoised, sigma_t.flatten(), sigmas[i + 1])       # OSV Eq. 8
+        x_t = torch.where(sigma_t > 0, x_s, x_t)
     return x_t

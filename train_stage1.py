@@ -1,196 +1,193 @@
-"""Stage 1: latent GAN pretraining. A LoRA student learns to answer in one step, sharply.
+"""Stage 1: latent GAN pretraining. A LoRA student learns to make a sharp video in one step.
 OSV (arXiv 2409.11367), Eqs. 6 and 7.
 
     $ python train_stage1.py                                    # toy world; minutes on a CPU
     $ torchrun --standalone --nproc_per_node=8 train_stage1.py --preset paper --data OpenVid-1M.csv
 
-Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is data, fake is f_theta(x_t, sigma_t). Writes
-to --output_dir: checkpoint-*, metrics.jsonl, samples, and at the end what stage 2 starts from
-(student.safetensors, disc.safetensors) and merged/, a UNet folder for `sampler.py --student`. The same
-command again resumes. `diff train_stage1.py train_stage2.py` is what the second stage does differently.
+Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is x0, fake is f_theta(x_t, sigma_t).
+
+Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
+disc.safetensors for stage 2, and merged/, a UNet folder for `sampler.py --student`. The same command again
+resumes. `diff train_stage1.py train_stage2.py` shows what the second stage does differently.
 """
+from collections import namedtuple
 from pathlib import Path
 
 import torch
 
 import data
-import engine
+import lora
 import model
 import sampler
 from discriminator import Discriminator, load_features
 from losses import hinge_d, hinge_g, pseudo_huber
 from solver import NUM_SIGMAS, consistency, karras_sigmas
+from support import engine, kernels
 
-# ---- config ---------------------------------------------------------------------------------------------
+# ---- Configuration --------------------------------------------------------------------------------------
 
 PRESETS = {
-    # What a laptop's CPU does in a few minutes; falling losses, not yet a good student.
+    # Small enough for a laptop CPU: losses fall in a few minutes, samples stay blurry.
     "toy_cpu": dict(batch_size=4, num_clips=64, max_train_steps=60, learning_rate=2e-4, lr_d=1e-3,
                     warmup_steps=5, lora_rank=16, validation_steps=30, checkpointing_steps=30, log_steps=10,
                     validation_teacher_steps=8),
-    # What assets/toy/student.safetensors was made with, in 4 minutes of one GPU.
+    # The settings of assets/toy/student.safetensors: minutes on one GPU.
     "toy": dict(batch_size=64, num_clips=40000, max_train_steps=1240, learning_rate=3e-4, lr_d=1e-3,
                 warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
                 validation_steps=310, checkpointing_steps=310, log_steps=25),
-    # The paper's setting: SVD on 8 GPUs; --data is yours. Where the paper is silent, see the README.
+    # The paper's setting: SVD on 8 GPUs, with your own --data. Where the paper is silent, see the README.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=1024, height=576, batch_size=8, max_train_steps=2000, learning_rate=5e-6, lr_d=1e-5,
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
                   validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
 
-parser = engine.training_flags("Stage 1 of OSV: latent GAN pretraining.", PRESETS)
+parser = engine.training_flags(__doc__.splitlines()[0], PRESETS)
 flag = parser.add_argument
 flag("--output_dir", type=Path, default="out/stage1", help="everything is written here")
-flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora", help="what trains")
+flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora", help="weights to train")
 flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
-args, world = engine.start_training(parser, PRESETS)
+args, world, stop = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-stop = engine.stop_signal()
-share = args.batch_size // world.size                           # clips of this process
-part = share // args.gradient_accumulation_steps                # clips at a time
-torch.manual_seed(args.seed)                                    # initial weights
+clips_per_rank = args.batch_size // world.size                      # in each step
+micro_batch = clips_per_rank // args.gradient_accumulation_steps    # clips in one forward pass
+# One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
+# micro-batches: keeping the activations of all of them would cost the memory that accumulation saves.
+one_forward = args.gradient_accumulation_steps == 1
+fast = (lambda network: network) if args.plain else kernels.fast
+torch.manual_seed(args.seed)                                        # initial weights of LoRA and heads
 
-# ---- what is there: networks, data ----------------------------------------------------------------------
+# ---- Networks and data ----------------------------------------------------------------------------------
 
-with engine.refusing():
-    vae = model.load_vae(args.model, dtype=dtype, device=device)
+with engine.exit_on_error():
+    vae = fast(model.load_vae(args.model, dtype=dtype, device=device))
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
     unet = model.load_unet(args.model, device=device)
     features = load_features(args.discriminator, args.model, args.dino, vae)
-    latents, shown = data.open_training_data(args, vae, image_encoder, unet, share, world.rank)
-sigmas = karras_sigmas(NUM_SIGMAS).to(device)                   # n + 1, descending, trailing 0
+    latents, shown = data.open_training_data(args, vae, image_encoder, unet, clips_per_rank, world.rank)
+sigmas = karras_sigmas(NUM_SIGMAS).to(device)                       # n + 1, descending, trailing 0
 
-# ---- what trains ----------------------------------------------------------------------------------------
+# ---- Trainable weights ----------------------------------------------------------------------------------
+
+
+def trains(name):
+    """Whether --train selects this parameter of the UNet."""
+    if ".lora_" in name:
+        return "lora" in args.train
+    return args.train == "all" or "temporal" in args.train and ".temporal_transformer_blocks." in name
+
 
 if "lora" in args.train:
-    model.add_lora(unet, args.lora_rank, targets=model.LORA_CONVS if args.lora_convs else model.LORA_TARGETS)
-net = unet.to(dtype)
-if world.rank == 0:                                             # while nothing has trained yet
+    lora.add_lora(unet, args.lora_rank, targets=lora.LORA_CONVS if args.lora_convs else lora.LORA_TARGETS)
+net = fast(unet).to(dtype)
+theta = engine.MasterWeights(net, [name for name, _ in net.named_parameters() if trains(name)])
+
+disc = fast(Discriminator(features, args.heads)).to(device)
+psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
+psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # power iteration of spectral norm
+
+if world.rank == 0:                                                 # draws the teacher now, the student later
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
-names = [name for name, _ in net.named_parameters() if args.train == "all" or
-         "lora" in args.train and ".lora_" in name or
-         "temporal" in args.train and ".temporal_transformer_blocks." in name and ".lora_" not in name]
-theta = engine.Weights(net, names)
 
-disc = Discriminator(features, args.heads).to(device)
-psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
-psi_buffers = {name: b for name, b in disc.heads.named_buffers()}       # spectral norm's power iteration
-
-# ---- optimisers, and where the last run stopped ---------------------------------------------------------
+# ---- Optimisers and resume ------------------------------------------------------------------------------
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-bad_steps, skipped = 0, torch.zeros(())
-# Everything that evolves. Noise and order of clips are functions of the step, so nothing else does.
-evolving = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers, "count": {"skipped": skipped}}
-optimizers = {"opt": opt, "opt_d": opt_d}
-step, config = engine.resume(args, world, evolving, optimizers)
-theta.push()
-if world.rank == 0:
-    count = sum(p.numel() for p in net.parameters())
-    trained, judge = (sum(p.numel() for p in group.values()) for group in (theta.masters, psi))
-    print(f"{trained:,d} of {count:,d} parameters train, {judge:,d} in the discriminator; from step {step}")
-log = engine.Log(args.output_dir, world, step, args.batch_size)
+# The whole state of a run: the noise and the order of clips are functions of the step.
+state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
+run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
+                 save_sheet=lambda step: sheets.save(args.output_dir, step, data.FPS))
+theta.copy_to_net()
+run.announce(net, theta.masters, psi)
 
-# ---- a step ---------------------------------------------------------------------------------------------
+# ---- One step -------------------------------------------------------------------------------------------
 
-record = engine.recorder(args.cuda_graph and device.type == "cuda" and part == share)
+# x_t: noised clips. x_real: real to the discriminator. x_target: what the student should answer (each
+# b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
+Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight")
 
 
 @torch.no_grad()
 def prepare(numbers):
-    """What a step asks the student, and what it gets to see: x_t, sigma_t, cond, real, target, weight."""
+    """Draws clips `numbers` [b], noise levels and noise, all as functions of the numbers -> Batch."""
     x0, cond = latents.take(numbers)                                            # b f c h w
-    i = (data.uniforms(args.seed, numbers, 11, 1)[:, 0] * NUM_SIGMAS).long()
+    i = (engine.uniforms(args.seed, numbers, 11, 1)[:, 0] * NUM_SIGMAS).long()
     sigma_t = sigmas[i.to(device)]                                              # b
-    noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)
+    noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)         # b f c h w
     x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
-    return x_t, sigma_t, cond, x0, x0, None
+    x_real, x_target, weight = x0, x0, torch.ones_like(sigma_t)
+    return Batch(x_t, sigma_t, cond, x_real, x_target, weight)
 
 
-# ---- D step: learn to tell real from x0_pred, which is detached: the student receives no gradient
-def d_step(x_t, sigma_t, real, *cond):
+def d_step(x_t, sigma_t, x_real, *cond):
+    """Gradients of the discriminator. x0_pred is detached, so the student receives none."""
     cond = model.Cond(*cond)
-    with torch.set_grad_enabled(part == share):                 # then the G step uses this very forward pass
-        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
-    logits_real = disc(real, cond)
-    logits_fake = disc.eval()(x0_pred.detach(), cond)           # one power iteration a step is enough
-    loss_d = hinge_d(logits_real, logits_fake)
-    (loss_d * (part / share)).backward()
-    return x0_pred, loss_d.detach(), logits_real.detach().mean(), logits_fake.detach().mean()
+    with torch.set_grad_enabled(one_forward):
+        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
+    logits_real = disc(x_real, cond)                                            # b k
+    logits_fake = disc.eval()(x0_pred.detach(), cond)   # b k; eval: one power iteration per step is enough
+    loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 6
+    (loss_d / args.gradient_accumulation_steps).backward()
+    real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
+    return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
 
-# ---- G step: D is frozen, gradients flow through it into the student
-def g_step(x0_pred, x_t, sigma_t, target, weight, *cond):
+def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
+    """Gradients of the student. They pass through the discriminator, whose own weights are frozen."""
     cond = model.Cond(*cond)
     if x0_pred is None:
-        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w
-    loss_huber = pseudo_huber(x0_pred, target, args.huber_c, weight)
+        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
+    loss_huber = pseudo_huber(x0_pred, x_target, args.huber_c, weight)          # d(x0_pred, x_target)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
-        loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)
-    ((args.adv_weight * loss_adv + loss_huber) * (part / share)).backward()
+        loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)                  # relu(1 - D(x0_pred))
+    loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 7
+    (loss_g / args.gradient_accumulation_steps).backward()
     return loss_huber.detach(), loss_adv.detach()
 
 
-d_step, g_step = record(d_step, psi.values()), record(g_step, theta.copies.values())
+if args.cuda_graph and device.type == "cuda" and one_forward:
+    d_step = engine.cuda_graph(d_step, psi.values())
+    g_step = engine.cuda_graph(g_step, theta.net_weights.values())
 
-# ---- loop -----------------------------------------------------------------------------------------------
+# ---- Loop -----------------------------------------------------------------------------------------------
 
-while step < args.max_train_steps:
-    decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
-    engine.schedule(opt, args.learning_rate, step, args.warmup_steps, decay_steps)
-    engine.schedule(opt_d, args.lr_d, step, args.warmup_steps, decay_steps)
-    # For what draws by itself, the unet discriminator: each process its own.
-    torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
-    first = step * args.batch_size + world.rank * share
-    with engine.refusing():                                     # if not one of the videos can be used
-        parts = [prepare(numbers) for numbers in torch.arange(first, first + share).split(part)]
-    x0_pred, norm_d, good_d = None, torch.zeros((), device=device), True
+decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
+while run.step < args.max_train_steps and not run.stopped:
+    # ---- Draw: each step and rank has clip numbers of its own, and a seed for the noise of UNetFeatures
+    engine.set_learning_rate(opt, args.learning_rate, run.step, args.warmup_steps, decay_steps)
+    engine.set_learning_rate(opt_d, args.lr_d, run.step, args.warmup_steps, decay_steps)
+    torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
+    first = run.step * args.batch_size + world.rank * clips_per_rank
+    numbers = torch.arange(first, first + clips_per_rank)
+    with engine.exit_on_error():                                    # if no video can be decoded
+        batches = [prepare(part) for part in numbers.split(micro_batch)]
 
+    # ---- D step: learn to tell x_real from x0_pred
+    x0_pred, norm_d, finite_d = None, torch.zeros((), device=device), True
     if args.adv_weight:
         disc.train()
-        for x_t, sigma_t, cond, real, _, _ in parts:
-            x0_pred, loss_d, logits_real, logits_fake = d_step(x_t, sigma_t, real, *cond)
-            log.add(part / share, loss_d=loss_d, logits_real=logits_real, logits_fake=logits_fake)
-        norm_d, good_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
+        for batch in batches:
+            x0_pred, loss_d, real, fake = d_step(batch.x_t, batch.sigma_t, batch.x_real, *batch.cond)
+            run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
+        norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
+    # ---- G step: x0_pred comes closer to x_target and looks more real
     disc.requires_grad_(False)
-    for x_t, sigma_t, cond, _, target, weight in parts:
-        loss_huber, loss_adv = g_step(x0_pred if part == share else None, x_t, sigma_t, target, weight, *cond)
-        log.add(part / share, loss_huber=loss_huber, loss_adv=loss_adv)
+    for batch in batches:
+        loss_huber, loss_adv = g_step(
+            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, *batch.cond)
+        run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
-    theta.pull()
-    norm, good = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
-    theta.push()
+    theta.grads_to_masters()
+    norm, finite = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
+    theta.copy_to_net()
 
-    # ---- what follows is a pure function of the step: skipped steps, one log line, samples, checkpoint
-    step += 1
-    bad_steps = 0 if good and good_d else bad_steps + 1
-    skipped += bad_steps > 0
-    if bad_steps == 5:
-        parser.error(f"gradients were not finite for 5 steps, until step {step}; start over (--resume_from_"
-                     "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
-    log.add(grad_norm=norm, grad_norm_d=norm_d)
-    if step % args.log_steps == 0:
-        log.write(step, skipped=int(skipped))
-    if world.rank == 0 and step % args.validation_steps == 0:
-        sheets.save(args.output_dir, step, data.FPS)
-    stopping = engine.any_rank(stop, device)
-    if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-        if world.rank == 0:
-            tensors = engine.collect(evolving, optimizers)
-            engine.save_checkpoint(args.output_dir, step, tensors, config, args.checkpoints_total_limit)
-        engine.any_rank(False, device)                          # the others wait until it is written
-    if stopping:
-        break
+    run.after_step(finite and finite_d, grad_norm=norm, grad_norm_d=norm_d)
 
-# ---- what stage 2 and the sampler take ------------------------------------------------------------------
+# ---- Files for stage 2 and the sampler ------------------------------------------------------------------
 
-if world.rank == 0 and step < args.max_train_steps:
-    print(f"stopped by SIGTERM after step {step}; run the same command again to go on")
-elif world.rank == 0:
+if world.rank == 0 and run.step >= args.max_train_steps:
     engine.publish(args.output_dir, net, theta, psi | psi_buffers, lora=args.train == "lora")
 engine.end_world(world)

@@ -3,10 +3,10 @@
     $ python exercises/capstone.py
     $ python exercises/capstone.py --stage1_steps 2 --stage2_steps 2 --num_clips 8      # to see it run
 
-It grades the exercises, puts those that pass in the library's place, runs train_stage1.py and train_stage2.py
-as they are, and measures each stage's one-step videos of pictures it was not trained on: toy-FVD (lower is
-better) and the sharpness of the last frame (real is 1). Writes capstone.png: one clip, as each line of the
-table has it.
+It grades the exercises, replaces the library's functions by those that pass, runs train_stage1.py and
+train_stage2.py unchanged, and measures the one-step videos of each stage on held-out pictures: toy-FVD
+(lower is better) and the sharpness of the last frame (real clips have 1). Writes capstone.png: one clip,
+with one row per line of the table.
 """
 import argparse
 import json
@@ -21,11 +21,15 @@ import torch
 from PIL import Image
 
 import data
-import engine
 import evaluate
 import model
 import sampler
 import solver
+from support.checkpoint import ModelError, read_json, write_json
+from support.engine import fail
+from support.kernels import fast
+from support.media import contact_sheet
+from toy.world import toy_clips
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "reference.json"
@@ -34,7 +38,7 @@ FLAGS = ("--preset toy_cpu --device cpu --mixed_precision no --num_clips 64 --re
 
 parser = argparse.ArgumentParser(description="Train with your own functions.", allow_abbrev=False,
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = engine.fail
+parser.error = fail
 flag = parser.add_argument
 flag("--answers", type=Path, default=HERE, help="folder of ex*.py")
 flag("--stage1_steps", type=int, default=90, help="training steps of stage 1")
@@ -47,7 +51,7 @@ flag("--reference", action="store_true",
 args = parser.parse_args()
 start, seconds = time.perf_counter(), {}
 
-# ---- whose functions ------------------------------------------------------------------------------------
+# ---- Your functions -------------------------------------------------------------------------------------
 
 passed = [] if args.reference else [
     name for name, (good, tests, _) in grade.grade(args.answers).items() if good == tests]
@@ -56,20 +60,20 @@ plug.plug({name: answers[name] for file in passed for name in plug.EXERCISES[fil
 for file, (_, *names) in plug.EXERCISES.items():
     print(f"{'yours' if file in passed else 'the library':12} {', '.join(names)}")
 
-# ---- what to measure with -------------------------------------------------------------------------------
+# ---- Networks and held-out clips ------------------------------------------------------------------------
 
 try:
-    vae, image_encoder = model.load_vae(args.model), model.load_image_encoder(args.model)
-    teacher, detector = model.load_unet(args.model), evaluate.load_detector(args.model / "i3d")
-except (model.ModelError, OSError) as problem:
-    parser.error(f"{problem}; make the toy networks with `python train_toy.py`")
+    vae, image_encoder = fast(model.load_vae(args.model)), model.load_image_encoder(args.model)
+    teacher, detector = fast(model.load_unet(args.model)), evaluate.load_detector(args.model / "i3d")
+except (ModelError, OSError) as problem:
+    parser.error(f"{problem}; make the toy networks with `python -m toy.train`")
 num_frames, size = teacher.config["num_frames"], 8 * teacher.config["sample_size"]
 numbers = torch.arange(args.num_clips)
 encode, encoded = data.toy_latents, {}
 
 
 def encode_once(vae, image_encoder, seed, num_clips, *shape):
-    """Both stages train on the same clips. A few clips at a time: a laptop has little memory."""
+    """data.toy_latents, but only once for both stages. Four clips at a time, to save memory."""
     if (seed, num_clips) not in encoded:
         encoded[seed, num_clips] = encode(vae, image_encoder, seed, num_clips, *shape, batch_size=4)
     return encoded[seed, num_clips]
@@ -80,18 +84,18 @@ held_out = encode_once(vae, image_encoder, data.HELD_OUT, args.num_clips, num_fr
 
 
 def real_clips(future):
-    """The held-out clips, or other futures of the same first frames."""
-    return data.toy_clips(data.HELD_OUT, numbers, num_frames, size, motion_seed=data.HELD_OUT + future).frames
+    """b f 3 H W: the held-out clips (future 0), or other futures of the same first frames."""
+    return toy_clips(data.HELD_OUT, numbers, num_frames, size, motion_seed=data.HELD_OUT + future).frames
 
 
-# Few pictures, but eight futures of each: what a one-step student should be able to show.
+# The real set has few pictures but eight futures of each, because a one-step student should show them all.
 real = torch.cat([evaluate.video_features(detector, real_clips(future)) for future in range(8)])
 sigmas = solver.karras_sigmas(solver.NUM_SIGMAS)
 rows, sheet = {}, []
 
 
 def sharpness(frames):
-    """How much neighbouring pixels of the last frame differ; blur makes it small."""
+    """Mean difference of neighbouring pixels in the last frame; blur lowers it."""
     return sum(frames[:, -1].diff(dim=dim).abs().mean().item() for dim in (-1, -2))
 
 
@@ -113,7 +117,7 @@ def measure(name, net, k=1, tts=False, draw=sampler.sample):
 
 
 def train(script, steps, *flags):
-    """The repository's script, in this process, so that it imports what was plugged."""
+    """Runs a script of the repository in this process, so that it imports the replaced functions."""
     folder, began = args.output_dir / Path(script).stem.removeprefix("train_"), time.perf_counter()
     sys.argv = [script, *FLAGS, "--model", str(args.model), "--max_train_steps", str(steps),
                 "--output_dir", str(folder), *flags]
@@ -122,7 +126,7 @@ def train(script, steps, *flags):
     return folder
 
 
-# ---- before, between, after -----------------------------------------------------------------------------
+# ---- Train and measure ----------------------------------------------------------------------------------
 
 compare("real: a ninth future", real_clips(8))
 measure("before: the teacher in one step", teacher)
@@ -137,22 +141,22 @@ if args.reference:
     measure("the teacher in 25 steps", teacher, draw=lambda net, cond, sigmas, generators, tts:
             sampler.sample_teacher(net, cond, solver.karras_sigmas(25), generators))
 
-# ---- beside the reference -------------------------------------------------------------------------------
+# ---- Compare with the reference -------------------------------------------------------------------------
 
 settings = {name: getattr(args, name) for name in ("num_clips", "stage1_steps", "stage2_steps")} \
     | {"teacher": evaluate.fingerprint(teacher)}
 found = {"date": time.strftime("%Y-%m-%d"), "settings": settings, "yours": passed, "rows": rows}
-model.write_json(args.output_dir / "capstone.json", found)
+write_json(args.output_dir / "capstone.json", found)
 if args.reference:
-    model.write_json(REFERENCE, found)
-reference = model.read_json(REFERENCE) if REFERENCE.exists() else {"settings": settings, "rows": {}}
-Image.fromarray(data.contact_sheet(torch.cat(sheet)).numpy()).save(args.output_dir / "capstone.png")
+    write_json(REFERENCE, found)
+reference = read_json(REFERENCE) if REFERENCE.exists() else {"settings": settings, "rows": {}}
+Image.fromarray(contact_sheet(torch.cat(sheet)).numpy()).save(args.output_dir / "capstone.png")
 show = lambda pair: f"{pair[0]:10.1f}{pair[1]:10.2f}" if pair else f"{'-':>10}{'-':>10}"
 print(f"\n{'':40}{'toy-FVD':>10}{'sharpness':>10}{'reference':>20}")
 for name in rows | reference["rows"]:
     print(f"{name:40}{show(rows.get(name))}{show(reference['rows'].get(name))}")
 if reference["settings"] != settings:
     print(f"the reference was measured with {json.dumps(reference['settings'])}, not {json.dumps(settings)}: "
-          "it does not compare")
+          "the two do not compare")
 print(f"{time.perf_counter() - start:.0f} s ({', '.join(f'{s} {t:.0f} s' for s, t in seconds.items())}); "
       f"look at {args.output_dir / 'capstone.png'}")

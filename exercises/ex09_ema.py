@@ -2,9 +2,9 @@
 
     theta^- <- decay theta^- + (1 - decay) theta                OSV section 4.2
 
-Stage 2 is taught by the student's own moving average. ema and weights are {name: tensor} with the same names,
-not necessarily in the same order. In place: the tensors in ema change, no new ones are made, and no gradient
-graph grows behind them, though the weights train. Mirrors engine.py.
+The targets of stage 2 come from the moving average of the student's weights. ema and weights are
+{name: tensor} with the same names, not necessarily in the same order. In place: change the tensors in ema,
+make no new ones, and record no gradients, although the weights require them. Mirrors support/engine.py.
 """
 import torch  # noqa: F401
 

@@ -4,7 +4,7 @@
     $ python exercises/grade.py submissions --csv grades.csv    # each folder in submissions/ that has ex*.py
 
 An exercise is worth as many points as its difficulty, in proportion to its tests that pass. Answers are
-programs: run a class's in a container, or as a user who may do nothing.
+programs: run those of a class in a container, or as a user without rights.
 """
 import argparse
 import csv

@@ -1,16 +1,17 @@
-"""Why guidance ruins a student: what it makes with its picture, what without it, and what lies on a line
+"""Why guidance ruins a student: its video with the picture, its video without, and the points on a line
 through the two.
 
     $ python exercises/guidance.py                                     # a minute on a CPU
     $ python exercises/guidance.py --clips 1 --num_frames 4            # to see it run
 
-Six rows a clip: what really came of the picture; the student in one step; the same noise without the picture;
-guidance of 1.5 and of 3, that is f_u + w (f_c - f_u); the teacher without the picture, 8 steps.
+Six rows per clip: the real clip; the student in one step; the student with the same noise and without the
+picture; guidance of 1.5 and of 3, that is f_u + w (f_c - f_u); the teacher in 8 steps, without the picture.
 
-A denoiser's two answers at a low noise level are two views of one scene, and what lies between them is what
-the picture adds. In one step from noise they are two scenes, and a line through two scenes leads out of the
-world. Prints how far apart they are: the norm of f_c - f_u, over that of f_c, for the student in one step and
-for the teacher at the levels of its way.
+At a low noise level, a denoiser's answers with and without the picture show the same scene, and their
+difference is what the picture adds. In one step from pure noise they are two different scenes, and a point
+on the line through two scenes is no scene of the toy world. Prints how far apart the two answers are, the
+norm of f_c - f_u divided by that of f_c, for the student in one step and for the teacher at each of its
+noise levels.
 """
 import sys
 from pathlib import Path
@@ -19,25 +20,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import engine  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import solver  # noqa: E402
+from lora import load_student  # noqa: E402
+from support import engine  # noqa: E402
+from support.kernels import fast  # noqa: E402
+from support.media import save_sheet  # noqa: E402
+from toy.world import toy_clips  # noqa: E402
 
-parser = engine.command_line("Why guidance ruins a student.")
+parser = engine.command_line("Show why guidance ruins a student.")
 flag = parser.add_argument
 flag("--out", type=Path, default="guidance.png", help="the picture, .png or .jpg")
-flag("--clips", type=engine.positive, default=2, help="of the first held-out ones")
-flag("--solver_steps", type=engine.positive, default=8, help="of the teacher")
-flag("--num_frames", type=engine.positive, default=14, help="of each video")
+flag("--clips", type=engine.positive, default=2, help="number of held-out clips")
+flag("--solver_steps", type=engine.positive, default=8, help="steps of the teacher")
+flag("--num_frames", type=engine.positive, default=14, help="frames per video")
 args = parser.parse_args()
 if args.out.suffix not in (".png", ".jpg") or not args.out.parent.is_dir():
-    parser.error(f"--out {args.out}: the name must end in .png or .jpg, in a folder that is there")
+    parser.error(f"--out {args.out}: give a name that ends in .png or .jpg, in an existing folder")
 
 vae, image_encoder, teacher, unet = (load(sampler.TOY) for load in (
     model.load_vae, model.load_image_encoder, model.load_unet, model.load_unet))
-student = model.load_student(sampler.STUDENT, unet)
-clips = data.toy_clips(data.HELD_OUT, torch.arange(args.clips), args.num_frames)
+student = load_student(sampler.STUDENT, unet)
+vae, teacher, student = fast(vae), fast(teacher), fast(student)
+clips = toy_clips(data.HELD_OUT, torch.arange(args.clips), args.num_frames)
 generators = lambda seed: [torch.Generator().manual_seed(seed + i) for i in range(args.clips)]
 apart = lambda f_c, f_u: ((f_c - f_u).norm() / f_c.norm()).item()
 
@@ -47,7 +53,7 @@ with torch.no_grad():
         vae, image_encoder, image, sampler.draw_noise(image.shape, generators(100), image.device),
         num_frames=args.num_frames, fps=data.FPS, motion_bucket_id=clips.motion_bucket_id,
         noise_aug_strength=0.02)
-    blind = solver.unconditional(cond)
+    blind = model.unconditional(cond)
     one_step = solver.strided(solver.karras_sigmas(solver.NUM_SIGMAS), 1)
     f_c, f_u = (sampler.sample(student, c, one_step, generators(0)) for c in (cond, blind))     # b f c h w
     print(f"student, sigma {one_step[0]:8.3f}: {apart(f_c, f_u):.2f}")
@@ -60,5 +66,5 @@ with torch.no_grad():
     without = sampler.sample_teacher(teacher, blind, sigmas, generators(0))
     rows = [f_c, f_u, *(f_u + w * (f_c - f_u) for w in (1.5, 3.0)), without]
     rows = [clips.frames, *(sampler.decode(vae, x0) for x0 in rows)]                        # b f 3 H W each
-data.save_sheet(torch.stack([clip for clips in zip(*rows) for clip in clips]), args.out, shrink=2)
+save_sheet(torch.stack([clip for clips in zip(*rows) for clip in clips]), args.out, shrink=2)
 print(f"wrote {args.out}: {len(rows)} rows for each of {args.clips} clips")

@@ -1,12 +1,12 @@
-"""What spatial heads can tell, and temporal ones: discriminators with both, or with one kind alone, learn to
-tell real clips of the toy world from two kinds of fakes.
+"""What spatial and temporal heads can detect: discriminators with both kinds of heads, or with one kind,
+learn to tell real clips of the toy world from two kinds of fakes.
 
     $ python exercises/heads.py --report results/heads.json            # minutes of a GPU
     $ python exercises/heads.py --steps 2 --train_clips 8 --held_out 4 # to see it run
 
-Fakes are the teacher's samples in one step, which are fog, and real clips whose frames are shuffled: each of
-their frames is real. Prints, and writes as JSON, the hinge loss and the accuracy on clips that were held out.
-Who knows nothing has 2 and 50 %.
+The fakes are one-step samples of the teacher, which are blurred, and real clips with shuffled frames, in
+which each single frame is real. Prints, and writes as JSON, the hinge loss and the accuracy on held-out
+clips. A discriminator that has learned nothing has a loss of 2 and an accuracy of 50 %.
 """
 import os
 import sys
@@ -16,49 +16,53 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import engine  # noqa: E402
 import evaluate  # noqa: E402
 import losses  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import solver  # noqa: E402
 from discriminator import DinoFeatures, Discriminator, load_dino  # noqa: E402
+from support import engine  # noqa: E402
+from support.checkpoint import write_json  # noqa: E402
+from support.kernels import fast  # noqa: E402
 
-parser = engine.command_line("What the heads of a discriminator can tell apart.")
+parser = engine.command_line("Show what the heads of a discriminator can detect.")
 flag = parser.add_argument
 flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder, with a dinov2/ inside")
 flag("--steps", type=engine.positive, default=300, help="training steps of each discriminator")
 flag("--batch_size", type=engine.positive, default=16, help="real clips per step, and as many fakes")
-flag("--learning_rate", type=float, default=1e-3, help="of the discriminators")
+flag("--learning_rate", type=float, default=1e-3, help="learning rate of the discriminators")
 flag("--train_clips", type=engine.positive, default=1024, help="clips to train on")
 flag("--held_out", type=engine.positive, default=256, help="clips to measure on")
-flag("--seed", type=int, default=0, help="of clips, noise and weights")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+flag("--seed", type=int, default=0, help="seed of clips, noise and weights")
+flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
 flag("--report", type=Path, help="JSON file to write")
 args = parser.parse_args()
 device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
 
-# ---- real clips and their fakes, to train on and to measure on
+# ---- Real clips and their fakes: a set to train on and a set to measure on
 
 vae, image_encoder, unet = (load(args.model, dtype=dtype, device=device) for load in (
     model.load_vae, model.load_image_encoder, model.load_unet))
-generator, sets = torch.Generator(device).manual_seed(args.seed), []
+vae, unet = fast(vae), fast(unet)
+generator = torch.Generator(device).manual_seed(args.seed)
+one_step = solver.strided(solver.karras_sigmas(solver.NUM_SIGMAS), 1)                       # sigma_max, 0
+sets = []
 for seed, count in ((args.seed, args.train_clips), (args.seed + data.HELD_OUT, args.held_out)):
     latents = data.toy_latents(vae, image_encoder, seed, count, unet.config["num_frames"],
                                8 * unet.config["sample_size"], device)
     blurred = []
     for numbers in torch.arange(count).split(32):
-        x0, cond = latents.take(numbers)                                                    # b f c h w
-        x_t = solver.SIGMA_MAX * torch.randn(x0.shape, generator=generator, device=device)
-        with torch.no_grad():
-            blurred.append(solver.consistency(unet, x_t, solver.SIGMA_MAX, cond))
+        cond = latents.take(numbers)[1]
+        noise = [torch.Generator().manual_seed(seed + number) for number in numbers.tolist()]
+        blurred.append(sampler.sample(unet, cond, one_step, noise))
     real = latents.take(torch.arange(count))[0]                                             # n f c h w
     order = torch.rand(real.shape[:2], generator=generator, device=device).argsort(dim=1)   # n f
     shuffled = torch.stack([clip[i] for clip, i in zip(real, order)])
     sets.append({"real": real, "one-step teacher": torch.cat(blurred), "shuffled frames": shuffled})
 train, test = sets
 
-# ---- discriminators
+# ---- Discriminators
 
 rows = []
 for fake in ("one-step teacher", "shuffled frames"):
@@ -83,4 +87,4 @@ for fake in ("one-step teacher", "shuffled frames"):
         print(f"{fake:20}{rows[-1]['heads']:22}hinge {rows[-1]['hinge']:.2f}   "
               f"accuracy {rows[-1]['accuracy']:.0%}", flush=True)
 if args.report:
-    model.write_json(args.report, {**evaluate.record(args), "rows": rows})
+    write_json(args.report, {**evaluate.record(args), "rows": rows})

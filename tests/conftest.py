@@ -1,4 +1,4 @@
-"""Shared by all tests: the import path, no network, one thread, one seed, small random networks."""
+"""What all tests share: the import path, no network, one thread, a fixed seed, small random networks."""
 import gc
 import os
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                     # before any import that reads it
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"                    # two threads on busy cores cost 100x at this size
+os.environ["OMP_NUM_THREADS"] = "1"                    # for small tensors more threads are far slower
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))                          # model.py and the rest, support, toy, tools
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -20,18 +20,18 @@ from forked import forking_python  # noqa: E402
 
 import model  # noqa: E402
 
-torch.set_num_threads(1)                               # where torch was imported before the variable was set
+torch.set_num_threads(1)                               # the variable comes late if torch was there
 
 
 def pytest_collection_modifyitems(items):
-    """With `-n`, a file's tests stay together: the files that take long go first, so that no worker is left
-    with one of them at the end."""
-    long = ["test_training", "test_norm", "test_commands", "test_toy", "test_discriminator", "test_video"]
+    """The files that take longest run first: with `-n` a file's tests stay on one worker, and a long file at
+    the end would leave the other workers idle."""
+    long = ["test_training", "test_kernels", "test_commands", "test_toy", "test_discriminator", "test_video"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
 def pytest_collection_finish():
-    """What has been imported stays: the garbage collector need not look through it again and again."""
+    """Takes everything imported so far out of the garbage collector, which would scan it again and again."""
     gc.freeze()
 
 
@@ -46,7 +46,7 @@ def seed():
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory):
-    """What runs our scripts as a user's `python` does, without seconds of imports each."""
+    """Path of an executable that runs a script as `python` does, without seconds of imports (forked.py)."""
     with forking_python(tmp_path_factory.mktemp("bin")) as path:
         yield path
 
@@ -64,8 +64,11 @@ def assert_close_relative(actual, expected, tolerance=1e-5):
 
 @torch.no_grad()
 def randomize(net):
-    """Random weights that keep the signal's scale and give each parameter a say, biases and mixers too. The
-    same ones whatever the memory layout, which normal_ would follow."""
+    """Fills a network with random weights that keep the scale of the signal, and returns it in eval mode.
+
+    Every parameter influences the output, biases and mixing factors included. Values are drawn into a
+    contiguous tensor first: normal_ follows the memory layout, so channels-last weights would differ.
+    """
     for name, parameter in net.named_parameters():
         mean, std = 0.0, 0.2
         if parameter.ndim > 1:
@@ -79,8 +82,11 @@ def randomize(net):
 
 
 def unet_config(channels=(64, 96), **changes):
-    """A small unet/config.json: SVD's block types for any number of levels. (With 32 channels, one per group
-    of a GroupNorm, the bias of the convolution before it has no effect: hence 64.)"""
+    """A small unet/config.json with SVD's block types, for any number of levels.
+
+    64 channels at least: with 32, GroupNorm has one channel per group and removes the bias of the convolution
+    before it, so a test could not see that bias.
+    """
     cross = len(channels) - 1                                                   # levels with attention
     return {
         "block_out_channels": channels, "layers_per_block": 1, "num_attention_heads": 2,
@@ -97,6 +103,7 @@ def vae_config(channels=(32, 32, 64, 64), **changes):
 
 
 def small_image_encoder():
+    """A CLIP image encoder of transformers, small and random."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     return randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224,
@@ -105,7 +112,8 @@ def small_image_encoder():
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
-    """A whole pipeline folder in the diffusers layout, with small random networks. Read only."""
+    """A complete pipeline folder in the diffusers layout, with small random networks. Tests must not write to
+    it: it is made once per session."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pipeline")
     model.save_unet(randomize(model.UNet(**unet_config())), folder / "unet")

@@ -1,10 +1,12 @@
-"""A `python` for tests that starts at once: each run is forked from a process that has imported torch,
-transformers and diffusers (seconds). Of our own modules it has none: those come from the run's own folder.
+"""A `python` for tests that starts at once: every run is a fork of a server process that has already imported
+torch, transformers and diffusers, which takes seconds. Our own modules are not imported in the server: each
+run imports them from its own folder.
 
-    python tests/forked.py --serve FD                           imports; does what comes in there
-    OSV_FORKS=SOCKET python -IS tests/forked.py sampler.py ..   has it done there; -c, -m and -u too
+    python tests/forked.py --serve FD                           server: imports, then answers requests on FD
+    OSV_FORKS=SOCKET python -IS tests/forked.py sampler.py ..   client: asks the server to run sampler.py;
+                                                                -c, -m and -u work too
 
-What a run starts with sys.executable, torchrun's processes for one, it starts in this way as well.
+Processes that a run starts with sys.executable, those of torchrun for example, are forks as well.
 """
 import json
 import os
@@ -21,12 +23,12 @@ IMPORTS = ("av", "einops", "PIL.Image", "safetensors.torch", "torch.distributed.
 
 @contextmanager
 def forking_python(folder):
-    """The path of such a `python`, in `folder`; while this lasts its server does."""
+    """Writes the executable `python` into `folder` and yields its path. The server runs while this lasts."""
     import shlex
     import subprocess
     import tempfile
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
-        python, path = folder / "python", f"{short}/forks"      # a socket's path is at most a hundred letters
+        python, path = folder / "python", f"{short}/forks"      # a socket's path has 107 characters at most
         python.write_text(f"#!/bin/sh\nOSV_FORKS={path} exec "
                           f'{shlex.join([sys.executable, "-IS", os.path.abspath(__file__)])} "$@"\n')
         python.chmod(0o755)
@@ -35,24 +37,25 @@ def forking_python(folder):
         command = [sys.executable, os.path.abspath(__file__), "--serve", str(listener.fileno())]
         server = subprocess.Popen(command, cwd=folder, pass_fds=[listener.fileno()], start_new_session=True,
                                   env=os.environ | {"OSV_PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""})
-        listener.close()                                        # if the server dies nobody shall wait for it
+        listener.close()                                        # if the server dies, clients fail at once
         yield python
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 
 def serve(fd):
+    """Imports, then forks once per request until the tests have ended."""
     import gc
     from importlib import import_module
     parent = os.getppid()
     for name in IMPORTS:
         import_module(name)
     sys.executable = os.environ["OSV_PYTHON"]
-    gc.freeze()                                                 # a collection would copy what is shared
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # nobody waits for those that serve
+    gc.freeze()                                                 # a collection would copy the shared pages
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # the kernel removes the forks that end
     with socket.socket(fileno=fd) as server:
         server.settimeout(5)
-        while os.getppid() == parent:                           # not longer than the tests
+        while os.getppid() == parent:                           # so it ends with killed tests, too
             try:
                 client, _ = server.accept()
             except TimeoutError:
@@ -66,7 +69,7 @@ def serve(fd):
 
 
 def answer(client):
-    """Runs what the client asks for, and tells it the exit status."""
+    """Runs one request in a process of its own and sends its exit status to the client."""
     from multiprocessing import get_context
     request, files, _, _ = socket.recv_fds(client, 1_000_000, 3)
     process = get_context("fork").Process(target=run, args=(files, *json.loads(request)))
@@ -78,7 +81,7 @@ def answer(client):
 
 
 def run(files, argv, folder, environment):
-    """In the fork: what `python *argv` does."""
+    """Does what `python *argv` does in `folder`, with the client's stdin, stdout and stderr."""
     from runpy import run_module, run_path
     for number, file in enumerate(files):                       # stdin, stdout, stderr
         os.dup2(file, number)
@@ -87,7 +90,7 @@ def run(files, argv, folder, environment):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    argv = argv[argv[0] == "-u":]                               # here, everything is written at the end
+    argv = argv[argv[0] == "-u":]                               # -u is ignored: output is flushed at the end
     sys.argv = argv
     if argv[0] == "-c":
         sys.path[0], code = "", argv.pop(1)
@@ -101,6 +104,7 @@ def run(files, argv, folder, environment):
 
 
 def ask(path, argv):
+    """Sends the request, with folder, environment, stdin, stdout and stderr, and returns the exit status."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         request = json.dumps([argv, os.getcwd(), dict(os.environ)])

@@ -1,10 +1,13 @@
-"""What the READMEs say to type, typed: each command, and the Python snippets, that need neither a GPU nor the
-network nor files that only the reader has. In the order of the page, in a copy of the repository, where later
-ones find what earlier ones wrote; so a single one of these tests does not run alone.
+"""The commands and Python snippets of the READMEs are typed in, as a reader would: all of them that need
+neither a GPU, nor the network, nor files that only the reader has.
 
-Each command of a page is in one of the three tables below, or the first test fails. By default they run with
-flags that make them short, nothing else is changed, and `python` is a fork of a process that has imported
-torch (tests/forked.py). All that TYPED and SLOW list, to the letter, takes two hours:
+They run in a copy of the repository, one copy for all tests. A command that reads what another one writes
+names it under `needs`, and that one is typed first, unless it was typed before. So each of these tests runs
+alone, and all of them together type no command twice.
+
+Every command of a page is in one of the three tables below, or the first test fails. By default flags are
+added that make a command short, nothing else is changed, and `python` is a fork of a process that has
+imported torch (tests/forked.py). All of TYPED and SLOW, without added flags, takes two hours:
 
     $ OSV_README=all python -m pytest tests/test_commands.py -x
 """
@@ -33,15 +36,15 @@ STEP = ("--max_train_steps 1 --batch_size 1 --num_clips 2 --width 32 --height 32
 
 
 class Typed(NamedTuple):
-    """Files that must be there and open; a pattern on stdout; what is added to make it short. With `fails`,
-    the command must end with status 1 and say that."""
-    makes: str = ""
-    says: str = ""
-    adds: str = ""
-    fails: str = ""
+    """What a command has to do."""
+    makes: str = ""                                             # files that must exist afterwards, and open
+    says: str = ""                                              # a pattern on stdout
+    adds: str = ""                                              # flags that make it short
+    fails: str = ""                                             # it must say this and end with status 1
+    needs: str = ""                                             # a key of TYPED that must be typed before
 
 
-# A key that ends in ... is how a command begins.
+# A key that ends in ... means a command that begins like this.
 TYPED = {
     # -- README.md: sampling
     "make sample": Typed("out.mp4", "wrote out.mp4: 14 frames"),
@@ -53,17 +56,19 @@ TYPED = {
         Typed("out_0.mp4 out_7.mp4 seeds.png", "seeds.png: 8 videos", SMALL),
     "python sampler.py --image - --out clip.gif < in.png": Typed("clip.gif", "wrote clip.gif", SMALL),
     "python sampler.py --image in.png --save_latents": Typed("out.mp4 out.safetensors", "", SMALL),
+    "python sampler.py --image in.png --plain": Typed("out.mp4", "wrote out.mp4", SMALL),
     "python sampler.py --help": Typed(says="--image IN"),
     # -- The toy world
-    'python -c "import torch, data; ...': Typed("toy.png"),
-    # -- Training: a step in place of all
+    'python -c "from pathlib import Path; ...': Typed("toy.png"),
+    # -- Training: one step instead of all
     "python train_stage1.py": Typed(
         "out/stage1/metrics.jsonl out/stage1/student.safetensors out/stage1/disc.safetensors "
         "out/stage1/pytorch_lora_weights.safetensors out/stage1/merged/config.json", "from step 0", STEP),
     "python train_stage2.py": Typed(
         "out/stage2/metrics.jsonl out/stage2/student.safetensors out/stage2/merged/config.json",
-        "from step 0", STEP),
-    "python engine.py out/stage1/metrics.jsonl plot.png": Typed("plot.png"),
+        "from step 0", STEP, needs="python train_stage1.py"),
+    "python -m tools.plot out/stage1/metrics.jsonl plot.png":
+        Typed("plot.png", needs="python train_stage1.py"),
     "python train_stage2.py --stage1 none --adv_weight 0 ...": Typed(
         "out/lcm/metrics.jsonl out/lcm/merged/config.json", "from step 0", STEP),
     "python train_stage1.py --discriminator unet --train all ...": Typed(
@@ -76,12 +81,15 @@ TYPED = {
     'python train_stage1.py --data OpenVid-1M.csv --where "motion score" 2 20 --flip ...': Typed(
         "out/videos/metrics.jsonl out/videos/merged/config.json", "from step 0", f"{STEP} --workers 1"),
     # -- With diffusers, PEFT and the hub
-    "python model.py export --model assets/toy --student out/stage2/merged --output_dir out/osv": Typed(
-        "out/osv/README.md out/osv/model_index.json out/osv/unet/diffusion_pytorch_model.safetensors"),
-    "python model.py merge --model assets/toy --student out/stage1 --output_dir out/merged":
-        Typed("out/merged/model_index.json out/merged/unet/diffusion_pytorch_model.safetensors"),
-    "python model.py unmerge --model out/merged --student out/stage1 --output_dir out/plain":
-        Typed("out/plain/model_index.json out/plain/unet/diffusion_pytorch_model.safetensors"),
+    "python -m tools.export export ...": Typed(
+        "out/osv/README.md out/osv/model_index.json out/osv/unet/diffusion_pytorch_model.safetensors",
+        needs="python train_stage2.py"),
+    "python -m tools.export merge ...": Typed(
+        "out/merged/model_index.json out/merged/unet/diffusion_pytorch_model.safetensors",
+        needs="python train_stage1.py"),
+    "python -m tools.export unmerge ...": Typed(
+        "out/plain/model_index.json out/plain/unet/diffusion_pytorch_model.safetensors",
+        needs="python -m tools.export merge ..."),
     # -- exercises/README.md
     "python exercises/grade.py": Typed(says=r"0\.0 of 27 points\n\nnext, ex01_karras_grid.py: to be written"),
     "OSV_IMPL=exercises python -m pytest tests/test_exercises.py -x -k ex01":
@@ -93,33 +101,34 @@ TYPED = {
     "python exercises/guidance.py --out guidance.jpg": Typed(
         "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1 --num_frames 4"),
     "sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py": Typed("out_attached.py"),
-    "python out_attached.py ...": Typed(says="from step 0", adds=STEP,                   # the answer to 12
-                                        fails="Trying to backward through the graph a second time"),
+    "python out_attached.py ...": Typed(                        # fails is the answer to question 12
+        says="from step 0", adds=STEP, fails="Trying to backward through the graph a second time",
+        needs="sed 's/x0_pred.detach()/x0_pred/' train_stage1.py > out_attached.py"),
 }
 
-# Too long for every day. Other tests run most of what is in them.
+# Typed only with OSV_README=all. Other tests run most of their code.
 SLOW = {
-    # tests/test_toy.py takes fewer steps; this is the CPU minute that the page says
-    "python train_toy.py --quick --output_dir out_toy":
+    # The page promises a CPU minute; tests/test_toy.py takes fewer steps
+    "python -m toy.train --quick --output_dir out_toy":
         Typed("out_toy/model_index.json out_toy/unet/diffusion_pytorch_model.safetensors", "together"),
     # A minute: it writes a video of 1080p and a list of a million rows first
     "python tests/video_speed.py --report results/videos.json":
         Typed("results/videos.json", "1,000,000 rows"),
-    # Twenty minutes, and some. tests/test_exercise_mutations.py has smaller networks
+    # Twenty minutes and more; tests/test_exercise_mutations.py has smaller networks
     "python exercises/capstone.py":
         Typed("out/capstone/capstone.png out/capstone/capstone.json", "after stage 2, Time Travel Sampler"),
     "python exercises/capstone.py --stage1_steps 2 ...":
         Typed("out/capstone/capstone.png out/capstone/capstone.json", "after stage 2, Time Travel Sampler"),
-    # Ten seconds each even with STEP: stage 2 three times more, and two times
+    # Ten seconds each even with STEP: they run stage 2 three times, and twice
     "for m in 1 5; do ...": Typed(
         "out/m1/metrics.jsonl out/m5/metrics.jsonl", "loss_huber .* s_per_step", STEP),
     "for decay in 0 0.95 1; do ...": Typed(
         "out/ema0/metrics.jsonl out/ema0.95/metrics.jsonl out/ema1/metrics.jsonl", "loss_huber", STEP),
-    "python bench.py train --size toy ...": Typed("results/discriminators.json", "pixel discriminator"),
+    "python -m tools.bench train --size toy ...": Typed("results/discriminators.json", "pixel discriminator"),
     # Minutes: many steps of the teacher
     "python exercises/between.py --out results/between.jpg": Typed("results/between.json", "Time Travel"),
     "python exercises/guidance.py --out results/guidance.jpg": Typed("results/guidance.jpg", "teacher"),
-    "python evaluate.py student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
+    "python -m tools.tables student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
     # Seconds, but tests/test_exercise_mutations.py grades a class as well
     "python exercises/grade.py submissions --csv grades.csv": Typed("grades.csv", r"ada +0\.0"),
 }
@@ -128,12 +137,12 @@ LEFT_OUT = {
     # The network
     "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid": "9 GB of weights",
     "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid-xt ...": "the same",
-    "git clone <this repository> osv && cd osv": "network; the reader puts an address in",
+    "git clone <this repository> osv && cd osv": "network, and the reader has to insert the address",
     "make .venv/dev": "network: installs packages",
     # GPUs
-    "python train_toy.py": "half an hour of a GPU",
-    "torchrun --standalone --nproc_per_node=2 train_toy.py": "two GPUs",
-    "python train_toy.py --stages report ...": "a GPU; tests/test_toy.py has 4 clips",
+    "python -m toy.train": "half an hour of a GPU",
+    "torchrun --standalone --nproc_per_node=2 -m toy.train": "two GPUs",
+    "python -m toy.train --stages report ...": "a GPU; tests/test_toy.py has 4 clips",
     "torchrun --standalone --nproc_per_node=2 train_stage1.py ...": "two GPUs; tests/test_training.py: CPUs",
     "torchrun --standalone --nproc_per_node=8 train_stage1.py ...": "eight GPUs, SVD, OpenVid-1M",
     "torchrun --standalone --nproc_per_node=2 train_stage2.py ...": "two GPUs, SVD, OpenVid-1M",
@@ -141,26 +150,27 @@ LEFT_OUT = {
     "python data.py check OpenVid-1M.csv ...": "a million videos; above, `check` has a folder of three",
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
-    "python evaluate.py student --report ...": "a GPU, and minutes",
-    "python evaluate.py table1 --report results/table1.json": "a GPU; tests/test_evaluate.py has a small one",
-    "python evaluate.py table2 --report results/table2.json": "the same",
-    "python results/readme.py": "rewrites this very page; tests/test_evaluate.py has one of its own",
-    "python bench.py nets ...": "a GPU",
-    "python bench.py train --report results/train.json": "a GPU",
-    "python bench.py train --gpus 2 --discriminators latent ...": "two GPUs",
-    "python bench.py train --discriminators latent ...": "a GPU",
-    "python bench.py memory ...": "a GPU",
+    "python -m tools.tables student --report ...": "a GPU, and minutes",
+    "python -m tools.tables table1 --report results/table1.json":
+        "a GPU; tests/test_evaluate.py has a small one",
+    "python -m tools.tables table2 --report results/table2.json": "the same",
+    "python -m tools.readme": "rewrites the page under test; tests/test_evaluate.py has one of its own",
+    "python -m tools.bench nets ...": "a GPU",
+    "python -m tools.bench train --report results/train.json": "a GPU",
+    "python -m tools.bench train --gpus 2 --discriminators latent ...": "two GPUs",
+    "python -m tools.bench train --discriminators latent ...": "a GPU",
+    "python -m tools.bench memory ...": "a GPU",
     "PYTORCH_ALLOC_CONF=per_process_memory_fraction:0.29 ...": "a GPU",
-    "python exercises/heads.py ...": "a GPU; tests/test_discriminator.py has a small one",
-    "python bench.py kernel ...": "a GPU",
-    # Here it makes no sense
-    "make test": "is what runs this test",
-    "source .venv/bin/activate": "each command here has a shell of its own, with the PATH that this gives",
-    "the last but one of 100 levels: ...": "no command: what a grader says",
-    "Hint: ...": "no command: what a grader says",
+    "python exercises/heads.py ...": "minutes of a GPU",
+    "python tests/kernel_speed.py ...": "a GPU",
+    # Without a point here
+    "make test": "runs this test",
+    "source .venv/bin/activate": "each command here has a shell of its own, with the PATH that this sets",
+    "the last but one of 100 levels: ...": "no command: the message of a grader",
+    "Hint: ...": "no command: the message of a grader",
 }
 
-# In the snippets, what --steps 1 is on the command line, and a smaller picture for diffusers.
+# The same for the snippets: one step instead of 25, and a smaller picture for diffusers.
 SHORTER = {"karras_sigmas(25)": "karras_sigmas(1)", "size = 128, 128": "size = 64, 64"}
 CHECKS = """
 assert x0.shape == (1, 14, 4, 16, 16) and x0.isfinite().all()
@@ -169,7 +179,7 @@ assert any("lora" in name for name, _ in pipe.unet.named_parameters())
 """
 
 
-# ---- what is on the pages -------------------------------------------------------------------------------
+# ---- Commands on the pages ------------------------------------------------------------------------------
 
 
 def text_of(page):
@@ -177,7 +187,7 @@ def text_of(page):
 
 
 def commands(page):
-    """The lines of indented code blocks, of which some stand in lists; continued ones joined, no comments."""
+    """The lines of indented code blocks, also inside of lists; continued lines joined, without comments."""
     text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S).replace("\\\n", "")
     for block in re.findall(r"(?<=\n\n)(?: {4,}\S.*\n)+", text):
         for line in block.splitlines():
@@ -185,7 +195,7 @@ def commands(page):
 
 
 def keys(command):
-    """Those of all tables that mean this command, the longest first."""
+    """The keys of all tables that mean this command, the longest first."""
     words = " ".join(command.split())
     found = [key for key in (*TYPED, *SLOW, *LEFT_OUT)
              if words == key or key.endswith("...") and words.startswith(key[:-3].strip())]
@@ -197,30 +207,33 @@ def test_each_command_is_in_one_table():
     assert len(found) > 50
     assert not TYPED.keys() & SLOW.keys() and not (TYPED | SLOW).keys() & LEFT_OUT.keys()
     unknown = [f"{page}: {command}" for page, command in found if not keys(command)]
-    assert not unknown, "say in tests/test_commands.py what to do with " + "\n".join(unknown)
+    assert not unknown, "add to a table of tests/test_commands.py: " + "\n".join(unknown)
+    needed = {expected.needs for expected in (TYPED | SLOW).values() if expected.needs}
+    assert needed <= TYPED.keys(), f"needed, but not in TYPED: {needed - TYPED.keys()}"
     stale = {*TYPED, *SLOW, *LEFT_OUT} - {keys(command)[0] for _, command in found}
     assert not stale, f"on no page: {stale}"
     fences = {fence for page in PAGES for fence in re.findall(r"^ *```(\w.*)", text_of(page), re.M)}
-    assert fences == {"python", "bibtex"}                       # commands in any other would not be found
+    assert fences == {"python", "bibtex"}                       # commands in other fences would not be found
 
 
-# ---- where they are typed -------------------------------------------------------------------------------
+# ---- A copy of the repository to type them in -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, request):
-    """A copy of the repository with what the reader brings: .folder, .environment."""
+    """A copy of the repository, with the reader's own files: .folder, .environment, and .typed, the commands
+    that were typed in it."""
     folder = tmp_path_factory.mktemp("readme") / "osv"
-    for part in ("assets", "exercises", "results", "tests"):
+    for part in ("assets", "exercises", "results", "support", "tests", "tools", "toy"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    for file in ROOT.iterdir():                                 # but not what a reader has let lie there
+    for file in ROOT.iterdir():                                 # no other files that lie there
         if file.suffix in (".py", ".txt", ".toml") or file.name == "Makefile":
             shutil.copy(file, folder)
     shutil.copy(folder / "assets/input.png", folder / "in.png")
     (folder / "photos").mkdir()
     for name in ("a", "b"):
         shutil.copy(folder / "assets/input.png", folder / "photos" / f"{name}.png")
-    for name in ("VIDEOS", "video"):                            # the second as OpenVid-1M has it
+    for name in ("VIDEOS", "video"):                            # the second is OpenVid-1M's folder
         (folder / name).mkdir()
         for i in range(2):
             write(folder / name / f"{i}.mp4", at_rate(10))
@@ -232,19 +245,18 @@ def tree(tmp_path_factory, request):
 
     bin = folder / ".venv/bin"
     bin.mkdir(parents=True)
-    for stamp in ("run", "dev"):                                # `make` finds everything set up
+    for stamp in ("run", "dev"):                                # for `make`, everything is installed
         (folder / ".venv" / stamp).touch()
     python = sys.executable if ALL else request.getfixturevalue("python")
     (bin / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
     (bin / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)                   # the tests' own; a reader has it not
-    return SimpleNamespace(folder=folder, environment=environment)
-
+    environment.pop("TRITON_INTERPRET", None)                   # set by conftest.py, not by readers
+    return SimpleNamespace(folder=folder, environment=environment, typed=set())
 
 
 def opens(file):
-    """It is of the kind that its name says; videos move, pictures are not of one colour."""
+    """Whether a file has the format that its suffix names, its video moves, its picture has two colours."""
     match file.suffix:
         case ".mp4":
             with av.open(str(file)) as video:
@@ -266,10 +278,22 @@ def opens(file):
 
 
 def type_in(tree, command, expected):
+    """Types a command, and before it the one that it needs, unless they were typed before."""
+    if command in tree.typed:
+        return
+    if expected.needs:
+        listed = (found for page in PAGES for found in commands(page))
+        needed = next(found for found in listed if keys(found)[:1] == [expected.needs])
+        type_in(tree, needed, TYPED[expected.needs])
+    run_and_check(tree, command, expected)
+    tree.typed.add(command)
+
+
+def run_and_check(tree, command, expected):
     files = [tree.folder / name for name in expected.makes.split()]
     for file in files:
-        file.unlink(missing_ok=True)                            # some are made by several commands
-    if not ALL:                                                 # the last of a flag's values counts
+        file.unlink(missing_ok=True)                            # several commands make the same file
+    if not ALL:                                                 # of a repeated flag the last value counts
         command = command.replace("; done", f" {expected.adds}; done") if "; done" in command \
             else f"{command} {expected.adds}"
     run = subprocess.run(["bash", "-ec", command], cwd=tree.folder, env=tree.environment, text=True,
@@ -284,7 +308,7 @@ def type_in(tree, command, expected):
     assert not missing, f"{missing} not written by\n{said}"
 
 
-# ---- typed ----------------------------------------------------------------------------------------------
+# ---- Tests ----------------------------------------------------------------------------------------------
 
 
 def typed(page):
@@ -301,13 +325,13 @@ def test_readme(tree, command, expected):
 
 
 def test_snippets(tree):
-    """One after another, as cells of a notebook."""
+    """One after another, like cells of a notebook. They read what the stages and the export have written."""
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", "".join(map(text_of, PAGES)), re.M | re.S))
     for text, shorter in SHORTER.items() if not ALL else ():
         assert text in code
         code = code.replace(text, shorter)
     (tree.folder / "out_snippets.py").write_text(code + CHECKS)
-    type_in(tree, "python out_snippets.py", Typed("out.gif"))
+    type_in(tree, "python out_snippets.py", Typed("out.gif", needs="python -m tools.export export ..."))
 
 
 @pytest.mark.parametrize("command, expected", typed("exercises/README.md"))

@@ -1,163 +1,18 @@
-"""The fused kernel in Triton's interpreter (or on a GPU), the heads, and who gets gradients."""
-import math
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"                # read when Triton is imported
-
+"""The heads, the frozen features, and which parameters get gradients."""
 import pytest
-import torch.nn.functional as F
+import torch
 from conftest import randomize, unet_config, vae_config
 from torch import nn
 
 import losses
 import model
-from discriminator import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DinoFeatures,
-    Discriminator,
-    FusedUpsampleNormalize,
-    SpatialHead,
-    TemporalHead,
-    UNetFeatures,
-    triton,
-    upsample_normalize,
-)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(triton is None, reason="there is no Triton for this platform")
-SIZES = [((4, 4), (8, 8)), ((5, 7), (14, 28)), ((8, 6), (3, 5)), ((1, 1), (9, 4)), ((3, 9), (3, 9)),
-         ((7, 5), (1, 1)), ((9, 16), (41, 73)), ((2, 30), (31, 17)), ((13, 3), (14, 2)),
-         ((10, 150), (13, 602)), ((9, 300), (5, 77)), ((3, 2), (4, 701))]      # many programs a row; one wide
-
-# ---- upsample + normalise -------------------------------------------------------------------------------
-
-
-def fused(x, size, dtype=None):
-    return FusedUpsampleNormalize.apply(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype or x.dtype)
-
-
-def expected(x, size):
-    """In fp64, by PyTorch."""
-    mean, std = (torch.tensor(v, dtype=torch.float64, device=x.device).view(3, 1, 1)
-                 for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (F.interpolate(x.double(), size, mode="bilinear") - mean) / std
-
-
-def place_error(size_in):
-    """Where an output pixel looks is an fp32 number up to max(size_in), so its rounding grows with that,
-    times the difference of neighbours over std, about 20."""
-    return max(2e-5, 20 * max(size_in) * 2 ** -23)
-
-
-@needs_triton
-@pytest.mark.parametrize("size_in, size_out", SIZES)
-def test_kernel_is_interpolate_and_normalise(size_in, size_out):
-    """Up, down, odd, one pixel, wide: values and gradients as in fp64."""
-    x = torch.randn(2, 3, *size_in, device=DEVICE, requires_grad=True)
-    y = fused(x, size_out)
-    reference = expected(x, size_out)
-    torch.testing.assert_close(y.double(), reference, rtol=0, atol=place_error(size_in))
-    grad = torch.randn_like(y)
-    ours, = torch.autograd.grad(y, x, grad)
-    theirs, = torch.autograd.grad(reference, x, grad.double())
-    # A pixel sums about this many gradients, each divided by std, in fp32.
-    terms = max(1, math.prod(size_out) / math.prod(size_in))
-    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=place_error(size_in) * terms)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype_in", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dtype_out", [torch.float32, torch.bfloat16])
-def test_kernel_rounds_once(dtype_in, dtype_out):
-    """Arithmetic is fp32 whatever goes in and out: the error is that of one rounding of the result."""
-    x = torch.randn(1, 3, 6, 5, device=DEVICE).to(dtype_in).requires_grad_()
-    y = fused(x, (14, 14), dtype_out)
-    assert y.dtype == dtype_out
-    reference = expected(x, (14, 14))
-    torch.testing.assert_close(y.double(), reference, rtol=torch.finfo(dtype_out).eps, atol=2e-5)
-    y.sum().backward()
-    assert x.grad.dtype == dtype_in
-    gradient, = torch.autograd.grad(reference.sum(), x)
-    torch.testing.assert_close(x.grad, gradient, rtol=torch.finfo(dtype_in).eps, atol=1e-4)
-
-
-@needs_triton
-@pytest.mark.parametrize("view", [
-    lambda x: x.to(memory_format=torch.channels_last), lambda x: x.transpose(2, 3),
-    lambda x: x[:, :, ::2, 1:], lambda x: x[:1].expand(3, -1, -1, -1),
-], ids=["channels last", "transposed", "sliced", "expanded"])
-def test_kernel_takes_any_strides(view):
-    base = torch.randn(2, 3, 8, 6, device=DEVICE, requires_grad=True)
-    y, reference = fused(view(base), (10, 13)), expected(view(base), (10, 13))
-    torch.testing.assert_close(y.double(), reference, rtol=0, atol=2e-5)
-    grad = torch.randn_like(y).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)     # strides of its own
-    ours, = torch.autograd.grad(y, base, grad)
-    theirs, = torch.autograd.grad(reference, base, grad.double())
-    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-4)
-
-
-@needs_triton
-@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
-def test_kernel_gradcheck():
-    """The map is linear, so finite differences are exact for any step, also in fp32."""
-    x = torch.randn(1, 3, 2, 2, device=DEVICE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: fused(x, (3, 3)), x, eps=1.0, atol=1e-3, nondet_tol=0.0,
-                                    fast_mode=True)
-
-
-@needs_triton
-def test_kernel_backward_is_bitwise_repeatable():
-    x = torch.randn(2, 3, 9, 8, device=DEVICE, requires_grad=True)
-    y = fused(x, (28, 42))
-    grad = torch.randn_like(y)
-    first, second = (torch.autograd.grad(y, x, grad, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@needs_triton
-@pytest.mark.parametrize("apply", [
-    fused, lambda x, size: upsample_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD)])
-def test_no_frames_are_no_error(apply):
-    x = torch.empty(0, 3, 4, 4, device=DEVICE, requires_grad=True)
-    y = apply(x, (14, 14))
-    assert y.shape == (0, 3, 14, 14)
-    y.sum().backward()
-    assert x.grad.shape == x.shape
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="takes 13 GB of GPU memory")
-def test_more_elements_than_32_bits_can_count():
-    x = torch.randn(2700, 3, 36, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    y = fused(x, (518, 518))
-    assert y.numel() > 2 ** 31
-    torch.testing.assert_close(y[-1:].double(), expected(x[-1:], (518, 518)), rtol=0.01, atol=0.01)
-    y.backward(torch.ones_like(y))
-    assert torch.equal(x.grad[0], x.grad[-1])
-
-
-@pytest.mark.parametrize("size_in, size_out", SIZES)
-def test_the_expression_elsewhere_is_the_same(size_in, size_out):
-    x, atol = torch.randn(2, 3, *size_in), place_error(size_in)
-    y = upsample_normalize(x, size_out, IMAGENET_MEAN, IMAGENET_STD)
-    torch.testing.assert_close(y.double(), expected(x, size_out), rtol=0, atol=atol)
-    half = upsample_normalize(x.bfloat16(), size_out, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
-    torch.testing.assert_close(half.double(), expected(x.bfloat16(), size_out), rtol=0, atol=atol)
-
-
-def test_gradcheck_of_the_expression():
-    x = torch.randn(1, 3, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: upsample_normalize(x, (5, 2), IMAGENET_MEAN, IMAGENET_STD), x)
-
+from discriminator import DinoFeatures, Discriminator, SpatialHead, TemporalHead, UNetFeatures
 
 # ---- heads ----------------------------------------------------------------------------------------------
 
 
 def test_a_spatial_head_sees_no_motion():
-    """Frames in another order: the same logits in another order."""
+    """Permuted frames give the same logits, permuted."""
     head, x, order = SpatialHead(8, 8).eval(), torch.randn(6, 8, 3, 4), torch.tensor([3, 0, 5, 1, 4, 2])
     logits = head(x, 6).view(6, 12)
     torch.testing.assert_close(head(x[order], 6).view(6, 12), logits[order])
@@ -180,7 +35,7 @@ def test_spectral_norm_bounds_every_convolution():
             if "original" in name:
                 parameter.mul_(50)
         for _ in range(200):
-            head(torch.randn(2, 8, 4, 4), 2)        # each training pass is one step of power iteration
+            head(torch.randn(2, 8, 4, 4), 2)        # each pass in training mode is one power iteration
     for conv in (head.conv_in, head.conv_res, head.conv_out):
         assert torch.linalg.matrix_norm(conv.weight.flatten(1), ord=2).item() == pytest.approx(1, abs=0.02)
 
@@ -196,7 +51,7 @@ def small_dino(num_layers=4, image_size=56):
 
 
 def build(kind, **settings):
-    """A discriminator of each kind, and a condition for the one that wants it."""
+    """A small random discriminator of one kind."""
     torch.manual_seed(0)
     if kind == "unet":
         features = UNetFeatures(randomize(model.UNet(**unet_config())))
@@ -227,7 +82,7 @@ def test_gradients_reach_latents_and_heads_but_never_the_frozen_network(kind):
 
 
 def test_large_frames_are_decoded_a_few_at_a_time(monkeypatch):
-    """And again on the way back: the same as each part decoded by itself, forward and backward."""
+    """Frames and gradients equal those of parts that are decoded one by one, without checkpointing."""
     disc = build("pixel")
     features, (latents, _) = disc.features, inputs(2, 3)
     flat = latents.flatten(0, 1)                                                            # (b f) c h w
@@ -294,7 +149,7 @@ def test_order_of_heads_does_not_change_the_losses():
 
 
 def test_each_step_gives_gradients_to_its_own_network_only():
-    """As the trainers route them: the D step sees the sample detached, the G step sees D frozen."""
+    """As in the trainers: the D step detaches the sample, the G step freezes D."""
     disc, net = build("latent"), nn.Conv3d(4, 4, 1)
     real, _ = inputs()
     fake = net(torch.randn(2, 4, 3, 8, 8)).transpose(1, 2)              # b f c h w
@@ -309,7 +164,8 @@ def test_each_step_gives_gradients_to_its_own_network_only():
 
 
 def test_it_learns_what_only_temporal_heads_can_see():
-    """Clips that brighten against the same with frames shuffled: each frame alone is as likely in both."""
+    """Real clips brighten over time, fake ones are real clips with their frames shuffled. Single frames have
+    the same distribution in both, so only the order tells them apart."""
     torch.manual_seed(0)
     loss = {}
     for heads in (("spatial",), ("temporal",)):
@@ -324,5 +180,5 @@ def test_it_learns_what_only_temporal_heads_can_see():
             optimizer.zero_grad()
             loss[heads].backward()
             optimizer.step()
-    assert loss[("spatial",)] > 1.8                                     # 2 is knowing nothing
+    assert loss[("spatial",)] > 1.8                                     # 2 is the loss of a constant D
     assert loss[("temporal",)] < 1.4

@@ -1,4 +1,4 @@
-"""Out to diffusers, PEFT and the hub, and in from there: real round trips on small random pipelines."""
+"""Export to diffusers, PEFT and the hub, and loading what they wrote: round trips on small pipelines."""
 import json
 import re
 import sys
@@ -18,9 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_model import diffusers_unet, same_weights, unet_inputs
 
+import lora
 import model
 import sampler
-from data import contact_sheet
+from support import checkpoint
+from support.kernels import fast
+from support.media import contact_sheet
+from tools import export as exporter
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -44,13 +48,14 @@ def picture(tmp_path_factory):
 
 
 def command(monkeypatch, script, *args):
-    """Runs the command line of model.py or sampler.py, in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
-    (sampler.cli if script is sampler else model.main)()
+    """Runs the command line of sampler.py or tools/export.py, in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+    script.main()
 
 
 def export(monkeypatch, pipeline, student, folder, *args, do="export"):
-    command(monkeypatch, model, do, "--model", pipeline, "--student", student, "--output_dir", folder, *args)
+    command(monkeypatch, exporter, do, "--model", pipeline, "--student", student, "--output_dir", folder,
+            *args)
 
 
 def sheet(path):
@@ -64,20 +69,20 @@ def as_sheet(video):
 
 
 def recipe(folder):
-    """The Python on the model card: it uses diffusers and the folder, nothing else."""
+    """The Python code of the model card. It needs diffusers and the folder, and none of our modules."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S))
     assert "import model" not in code and "sampler" not in code
     return code
 
 
-# ---- out ------------------------------------------------------------------------------------------------
+# ---- export ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_exported_folder_makes_our_frames_in_diffusers(
         tmp_path, monkeypatch, pipeline_folder, student, picture, dtype):
-    """The recipe of the model card, as it stands there, against sampler.py: one step, and Time Travel. Where
-    the two round a value of x.5 differently a pixel is one of 255 levels off."""
+    """The code of the model card, unchanged, against sampler.py: one step, and Time Travel. A pixel may
+    differ by one level of 255, where the two round a value near x.5 differently."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.png").write_bytes(picture.read_bytes())
     export(monkeypatch, pipeline_folder, student, tmp_path / "osv", "--dtype", dtype)
@@ -85,18 +90,18 @@ def test_exported_folder_makes_our_frames_in_diffusers(
     assert ('variant="fp16", torch_dtype=torch.float16' in code) == (dtype == "fp16")
     variant = [] if dtype == "fp32" else ["--variant", "fp16"]
     names = {}
-    exec(code.replace("torch_dtype=torch.float16", "torch_dtype=torch.float32"), names)    # fp16 is for GPUs
+    exec(code.replace("torch_dtype=torch.float16", "torch_dtype=torch.float32"), names)    # a CPU has no fp16
     for video, options in ((names["video"], ["--no_tts"]), (names["again"], [])):
         command(monkeypatch, sampler, "--image", "in.png", "--model", "osv", "--student", "osv", "--out",
                 "ours.png", "--device", "cpu", *variant, *options)
         difference = np.abs(as_sheet(video) - sheet("ours.png"))
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
-    assert np.abs(as_sheet(names["video"]) - sheet("ours.png")).mean() > 2      # the second look shows
+    assert np.abs(as_sheet(names["video"]) - sheet("ours.png")).mean() > 2      # Time Travel has an effect
     assert (tmp_path / "one_step.gif").is_file() and (tmp_path / "time_travel.gif").is_file()
 
 
 def test_exported_weights_are_those_put_in(tmp_path, monkeypatch, pipeline_folder, student):
-    for dtype in ("fp32", "fp16"):                                      # both fit one folder, as on the hub
+    for dtype in ("fp32", "fp16"):                                      # into one folder, as on the hub
         export(monkeypatch, pipeline_folder, student, tmp_path, "--dtype", dtype)
     files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     weights = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "image_encoder/model"}
@@ -114,10 +119,10 @@ def test_exported_weights_are_those_put_in(tmp_path, monkeypatch, pipeline_folde
 
 @pytest.mark.parametrize("base, svd", [("", False), ("", True), ("owner/name", False)], ids=str)
 def test_model_card(tmp_path, monkeypatch, pipeline_folder, student, base, svd):
-    """Everything that descends from SVD carries its licence; the toy world's networks do not."""
+    """The card of a model derived from SVD names SVD's licence; that of the toy world's networks does not."""
     source = tmp_path / "source"
     source.symlink_to(pipeline_folder)
-    if svd:                                                             # SVD-XT, but for its width
+    if svd:                                                             # a pipeline with the sizes of SVD-XT
         source.unlink()
         export(monkeypatch, pipeline_folder, student, source)
         for name, changes in (("unet", {"sample_size": 96, "num_frames": 25}), ("vae", {"sample_size": 768})):
@@ -145,7 +150,7 @@ def test_push_to_hub_uploads_what_was_written_and_no_more(
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: asked.update(options))
     (tmp_path / "notes.bin").write_bytes(b"private")
     export(monkeypatch, pipeline_folder, student, tmp_path, "--push_to_hub", "me/osv")
-    assert asked["repo"] == asked["repo_id"] == "me/osv" and asked["folder_path"] == str(tmp_path)
+    assert asked["repo"] == asked["repo_id"] == "me/osv" and asked["folder_path"] == tmp_path
     files = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()]
     sent = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"]))
     assert set(files) - sent == {"notes.bin"}
@@ -161,19 +166,19 @@ def test_push_to_hub_uploads_what_was_written_and_no_more(
     assert "me/osv: not uploaded: HFValidationError('no such name" in complaint
 
 
-# ---- LoRA, out and in -----------------------------------------------------------------------------------
+# ---- LoRA to PEFT and back ------------------------------------------------------------------------------
 
 
 class LoraUNet(DiffusersUNet, PeftAdapterMixin):
-    """diffusers gives its SVD UNet no LoRA loader; the one of its other models fits."""
+    """diffusers' SVD UNet with the LoRA loader of diffusers' other models, which it lacks."""
 
 
 def small_lora(pipeline_folder, folder, alpha=8):
-    """A LoRA of rank 4 for the pipeline of conftest, saved. Returns the network with it."""
-    net = model.add_lora(model.load_unet(pipeline_folder), 4, alpha)
-    for layer in model.lora_layers(net).values():
+    """Saves a LoRA of rank 4 for the pipeline of conftest. Returns the network with its LoRA layers."""
+    net = lora.add_lora(model.load_unet(pipeline_folder), 4, alpha)
+    for layer in lora.lora_layers(net).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
-    model.save_lora(net, folder)
+    lora.save_lora(net, folder)
     return net
 
 
@@ -189,11 +194,12 @@ def test_lora_goes_into_the_unet_of_a_diffusers_pipeline(tmp_path, pipeline_fold
 
 @torch.no_grad()
 def test_lora_goes_into_peft_and_back(tmp_path, pipeline_folder):
-    """With alpha twice the rank: a scale that is forgotten shows. PEFT's own folder is read as it is."""
+    """alpha is twice the rank, so a forgotten scale changes the result. A folder that PEFT saved loads as
+    is."""
     import peft  # three seconds
     net, inputs = small_lora(pipeline_folder, tmp_path), unet_inputs()
-    tensors = load_file(tmp_path / model.LORA_FILE)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(model.lora_layers(net)))
+    tensors = load_file(tmp_path / lora.LORA_FILE)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(lora.lora_layers(net)))
     theirs = peft.get_peft_model(DiffusersUNet.from_pretrained(pipeline_folder / "unet"), config)
     report = peft.set_peft_model_state_dict(
         theirs, {key.replace("unet.", "base_model.model.", 1): tensor for key, tensor in tensors.items()})
@@ -203,12 +209,12 @@ def test_lora_goes_into_peft_and_back(tmp_path, pipeline_folder):
     assert {file.name for file in (tmp_path / "peft").glob("adapter*")} == {
         "adapter_config.json", "adapter_model.safetensors"}
     for path in (tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"):
-        loaded = model.load_lora(model.load_unet(pipeline_folder), path)
+        loaded = lora.load_lora(model.load_unet(pipeline_folder), path)
         assert_close_relative(loaded(*inputs), net(*inputs), 1e-6)
 
 
 def test_merge_and_unmerge(tmp_path, monkeypatch, pipeline_folder):
-    """A pipeline has no LoRA loader, so one is merged into its UNet, and can be taken out again."""
+    """The pipeline class has no LoRA loader. `merge` adds the LoRA to its UNet, `unmerge` subtracts it."""
     net, inputs = small_lora(pipeline_folder, tmp_path / "lora"), unet_inputs()
     export(monkeypatch, pipeline_folder, tmp_path / "lora", tmp_path / "merged", do="merge")
     export(monkeypatch, tmp_path / "merged", tmp_path / "lora", tmp_path / "plain", do="unmerge")
@@ -219,14 +225,14 @@ def test_merge_and_unmerge(tmp_path, monkeypatch, pipeline_folder):
         assert_close_relative(diffusers_unet(plain, *inputs), model.load_unet(pipeline_folder)(*inputs))
 
 
-# ---- in -------------------------------------------------------------------------------------------------
+# ---- loading --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"max_shard_size": "300KB"}], ids=str)
 def test_pipelines_saved_by_diffusers_load_here(tmp_path, monkeypatch, pipeline_folder, picture, options):
-    """In one file, as fp16 variant, in shards with an index: the pixels of the folder that it was made of, to
-    rounding (where a file puts a tensor can change the order in which a matrix product adds up). 25 frames,
-    because the config says so, as SVD-XT's does."""
+    """One file, the fp16 variant, and shards with an index: the video equals that of the original folder to
+    rounding (the memory alignment of a tensor can change the order of sums in a matrix product). The number
+    of frames is 25 because the config says so, as SVD-XT's does."""
     pipe = StableVideoDiffusionPipeline.from_pretrained(pipeline_folder)
     pipe.unet.register_to_config(num_frames=25)
     half = "variant" in options
@@ -250,7 +256,7 @@ def test_pipelines_saved_by_diffusers_load_here(tmp_path, monkeypatch, pipeline_
 
 def test_every_kind_of_student(tmp_path, pipeline_folder, student):
     """A folder, a pipeline folder, shards, one file with diffusers' keys (as AnimateLCM-SVD is published),
-    and a LoRA; in the dtype, and on the device, of the network that they take the place of."""
+    and a LoRA. The student has the dtype and device of the network that it replaces."""
     expected = model.load_unet(student)
     DiffusersUNet.from_pretrained(student).save_pretrained(tmp_path / "shards", max_shard_size="300KB")
     (tmp_path / "pipeline").mkdir()
@@ -259,20 +265,20 @@ def test_every_kind_of_student(tmp_path, pipeline_folder, student):
     save_file({key: tensor.contiguous() for key, tensor in expected.state_dict().items()}, single)
     for path in (student, tmp_path / "pipeline", tmp_path / "shards", single):
         for dtype in (torch.float32, torch.bfloat16):
-            loaded = model.load_student(path, model.load_unet(pipeline_folder, dtype=dtype))
+            loaded = lora.load_student(path, model.load_unet(pipeline_folder, dtype=dtype))
             assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
             assert same_weights(loaded, expected.to(dtype)) and not loaded.training
-        loaded = model.load_student(path, model.load_unet(pipeline_folder, device="meta"))
+        loaded = lora.load_student(path, model.load_unet(pipeline_folder, device="meta"))
         assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
         expected = model.load_unet(student)
-    expected = model.merge_lora(small_lora(pipeline_folder, tmp_path / "lora"))
-    for path in (tmp_path / "lora", str(tmp_path / "lora" / model.LORA_FILE)):
-        assert same_weights(model.load_student(path, model.load_unet(pipeline_folder)), expected)
+    expected = lora.merge_lora(small_lora(pipeline_folder, tmp_path / "lora"))
+    for path in (tmp_path / "lora", str(tmp_path / "lora" / lora.LORA_FILE)):
+        assert same_weights(lora.load_student(path, model.load_unet(pipeline_folder)), expected)
 
 
 @pytest.mark.parametrize("name, keys, message", [
     ("svd.safetensors", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x"],
-     f"svd.safetensors: a single file with the keys of Stability's own code.* instead: {model.SVD}"),
+     f"svd.safetensors: a single file with the keys of Stability's own code.* instead: {checkpoint.SVD}"),
     ("unet.safetensors", ["input_blocks.0.0.bias"], "keys of Stability's own code"),
     ("other.safetensors", ["layer.weight"], "not part of the UNet|expected the diffusers layout"),
     ("kohya.safetensors", ["lora_unet_x.lora_down.weight"], "kohya.* fit|expected the diffusers layout"),
@@ -282,7 +288,7 @@ def test_every_kind_of_student(tmp_path, pipeline_folder, student):
 @pytest.mark.parametrize("flag", ["--model", "--student", "--model folder"])
 def test_layouts_that_are_not_read_are_recognised(
         tmp_path, monkeypatch, capsys, pipeline_folder, picture, name, keys, message, flag):
-    """By both commands, with what to use instead, on one line. Pickles are not opened, not even to look."""
+    """Both commands report them on one line, with what to use instead. Pickles are never opened."""
     file = tmp_path / name
     if keys:
         save_file({key: torch.zeros(2) for key in keys}, file)
@@ -296,7 +302,7 @@ def test_layouts_that_are_not_read_are_recognised(
         given["--model"] = tmp_path
     flags = [part for pair in given.items() for part in pair]
     for script, rest in ((sampler, ["--image", picture, "--out", tmp_path / "o.png"]),
-                         (model, ["export", "--output_dir", tmp_path / "out"])):
+                         (exporter, ["export", "--output_dir", tmp_path / "out"])):
         with pytest.raises(SystemExit) as stop:
             command(monkeypatch, script, *rest, *flags)
         complaint = capsys.readouterr().err.strip()
@@ -318,9 +324,9 @@ def test_bad_exports_are_one_line_and_status_2(
     (tmp_path / "a_file").write_text("earlier")
     where = {"PIPELINE": pipeline_folder, "STUDENT": student / "diffusion_pytorch_model.safetensors"}
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, model, *(where.get(arg, arg) for arg in args.split()))
+        command(monkeypatch, exporter, *(where.get(arg, arg) for arg in args.split()))
     complaint = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and "\n" not in complaint and complaint.startswith("model.py: ")
+    assert stop.value.code == 2 and "\n" not in complaint and complaint.startswith("export.py: ")
     assert re.search(message, complaint), complaint
     assert (tmp_path / "a_file").read_text() == "earlier" and not (tmp_path / "o").exists()
 
@@ -329,14 +335,14 @@ def test_bad_exports_are_one_line_and_status_2(
 
 
 def test_several_videos_of_one_picture_from_stdin(tmp_path, monkeypatch, capsys, pipeline_folder, picture):
-    """Seeds count on; each video is what its seed gives alone. The gallery has a row per video; latents
-    decode to the frames."""
+    """Videos have consecutive seeds, and each equals a run with its seed alone. The gallery has a row per
+    video, and the saved latents decode to the frames."""
     flags = ["--model", pipeline_folder, "--student", pipeline_folder, "--device", "cpu", "--width", 100,
              "--height", 70]
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BytesIO(picture.read_bytes())))
     command(monkeypatch, sampler, "--image", "-", "--num_videos", 3, "--seed", 5, "--out", tmp_path / "v.png",
             "--gallery", tmp_path / "g.png", "--save_latents", *flags)
-    assert "size 100x70 becomes 96x64: this model needs multiples of 16" in capsys.readouterr().err
+    assert "size 100x70 becomes 96x64, multiples of 16" in capsys.readouterr().err
     command(monkeypatch, sampler, "--image", picture, "--seed", 6, "--out", tmp_path / "alone.png", *flags)
     videos = [sheet(tmp_path / f"v_{seed}.png") for seed in (5, 6, 7)]
     assert np.array_equal(videos[1], sheet(tmp_path / "alone.png"))
@@ -348,7 +354,7 @@ def test_several_videos_of_one_picture_from_stdin(tmp_path, monkeypatch, capsys,
     latents = load_file(tmp_path / "v_7.safetensors")["latents"]
     assert latents.shape == (4, 4, 8, 12)
     with torch.no_grad():
-        frames = sampler.decode(model.load_vae(pipeline_folder), latents[None])
+        frames = sampler.decode(fast(model.load_vae(pipeline_folder)), latents[None])
     assert np.array_equal(contact_sheet(frames).numpy(), videos[2])
     assert not (tmp_path / "alone.safetensors").exists()
 
@@ -358,7 +364,7 @@ def test_several_videos_of_one_picture_from_stdin(tmp_path, monkeypatch, capsys,
     (["--image", "-"], "cannot be read as a picture"),
     (["--image", "in.png", "--gallery", "g.jpg"], "must end in .png"),
     (["--image", "in.png", "--gallery", "nowhere/g.png"], "there is no folder nowhere"),
-    (["--image", "in.png", "--num_videos", "0"], "--num_videos 0: not between 1 and 1000")])
+    (["--image", "in.png", "--num_videos", "0"], "argument --num_videos: 0 is not between 1 and 1000")])
 def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, args, message):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BytesIO(b"")))
     with pytest.raises(SystemExit) as stop:

@@ -1,8 +1,8 @@
-"""Do the graders bite, and do grade.py and the capstone run?
+"""Tests of the graders in test_exercises.py, of grade.py, and of the capstone.
 
-Each stub must fail, have the library's signature, and stay short. Each mutant must fail: a plausible wrong
-answer, made from the library's own source by changing a few characters. Where the library has changed and no
-longer has a mutant's text, the test says so: give it the new text.
+Every stub must fail, have the library's signature, and stay short. Every mutant must fail: a plausible wrong
+answer, made from the library's own source by changing a few characters. When the library changes and no
+longer contains the text that a mutant replaces, the test says so, and the mutant needs the new text.
 """
 import csv
 import inspect
@@ -16,7 +16,8 @@ import pytest
 import test_exercises as graders
 import torch
 import torch.nn.functional as F
-from conftest import randomize, small_image_encoder, unet_config, vae_config
+from conftest import assert_close_relative, randomize, small_image_encoder, unet_config, vae_config
+from torch import nn
 
 import evaluate
 import model
@@ -25,7 +26,7 @@ plug = graders.plug
 LIBRARY = plug.library()
 STUBS = plug.answers(plug.ROOT / "exercises")
 
-# name, text in the library's source, what a mutant has in its place; what that means
+# (name, text in the library's source, text of the mutant, what is wrong with it)
 MUTANTS = [
     ("karras_sigmas", "linspace(0, 1, n,", "linspace(0, 1, n + 1,", "one level too many"),
     ("karras_sigmas", "hi + ramp * (lo - hi)", "lo + ramp * (hi - lo)", "ascending"),
@@ -34,7 +35,7 @@ MUTANTS = [
      "even in sigma"),
     ("karras_sigmas", "linspace(0, 1, n,", "linspace(0, 1 - 1 / n, n,", "sigma_min is never reached"),
     ("precondition", "-sigma * square.rsqrt()", "sigma * square.rsqrt()", "sign of c_out"),
-    ("precondition", "square.rsqrt(), sigma.clamp", "1 / square, sigma.clamp", "c_in without the root"),
+    ("precondition", "square.rsqrt(), c_noise", "1 / square, c_noise", "c_in without the root"),
     ("precondition", "log() / 4", "log() * 4", "c_noise times 4"),
     ("precondition", "Precondition(1 / square", "Precondition(square.rsqrt()", "c_skip with a root"),
     ("precondition", ", dtype=torch.float32)", ")", "in the precision of sigma"),
@@ -68,11 +69,10 @@ MUTANTS = [
     ("solve", "@torch.no_grad()", "", "a graph through the teacher"),
     ("solve", "    return x_t", "    return denoised", "the estimate, not the point"),
     ("pseudo_huber", ".sqrt() - c", ".sqrt()", "c not taken away"),
-    ("pseudo_huber", "square + c * c", "square + c", "c not squared"),
+    ("pseudo_huber", " + c * c)", " + c)", "c not squared"),
     ("pseudo_huber", "return distance.mean()", "return distance.sum()", "sum"),
     ("pseudo_huber", "if weight is not None", "if False", "weight ignored"),
     ("pseudo_huber", "x.float() - y.float()", "x - y", "in bf16"),
-    ("pseudo_huber", "square.flatten(1).sum(dim=1)", "square.flatten(1).mean(dim=1)", "RMS for a norm"),
     ("consistency_weight", "sigma_t.float() - sigma_s.float()", "sigma_s.float() - sigma_t.float()",
      "swapped sigmas"),
     ("consistency_weight", "pow(-exponent)", "pow(exponent)", "upside down"),
@@ -91,9 +91,9 @@ MUTANTS = [
     ("LoRALinear", "nn.init.normal_(self.lora_A.weight, std=1 / rank)", "nn.init.zeros_(self.lora_A.weight)",
      "0 x 0"),
     ("LoRALinear", "if not self.active", "if False", "active ignored"),
-    ("merge_lora", "scale * layer.alpha / layer.rank", "scale", "no alpha / rank merged"),
-    ("merge_lora", "(scale * layer.alpha", "(layer.alpha", "scale ignored"),
-    ("merge_lora", "plain.bias = layer.bias", "plain.bias = None", "bias lost in merging"),
+    ("merge_lora", "layer.update()", "layer.update() * layer.rank / layer.alpha", "no alpha / rank merged"),
+    ("merge_lora", "scale * layer.update()", "layer.update()", "scale ignored"),
+    ("merge_lora", "plain.weight = ", "plain.bias, plain.weight = None, ", "bias lost in merging"),
     ("merge_lora", "unet.set_submodule(path, plain)", "layer.weight = plain.weight",
      "merged, and still added"),
     ("update_ema", "1 - decay", "decay", "decay for 1 - decay"),
@@ -130,15 +130,20 @@ MUTANTS = [
 
 
 def mutant(name, text, other):
+    """The library's function or class with other code, also in the classes that it inherits from."""
     own = LIBRARY[name]
-    source = textwrap.dedent(inspect.getsource(own))
-    # Only code counts: a docstring may well say the same.
-    docstring = (own.__doc__ or "").strip()
-    head, tail = source.split(docstring, 1) if docstring else ("", source)
-    if head.count(text) + tail.count(text) == 0:
-        pytest.fail(f"{name} has no {text!r} any more: give this mutant the new text", pytrace=False)
-    scope = dict(vars(inspect.getmodule(own)))
-    exec(head.replace(text, other) + docstring + tail.replace(text, other), scope)
+    parts = [own] if not inspect.isclass(own) else [
+        base for base in reversed(own.__mro__) if base.__module__ == own.__module__]
+    scope, found = dict(vars(inspect.getmodule(own))), 0
+    for part in parts:
+        source = textwrap.dedent(inspect.getsource(part))
+        # Only code counts: a docstring may well contain the same text.
+        docstring = (part.__doc__ or "").strip()
+        head, tail = source.split(docstring, 1) if docstring else ("", source)
+        found += head.count(text) + tail.count(text)
+        exec(head.replace(text, other) + docstring + tail.replace(text, other), scope)
+    if found == 0:
+        pytest.fail(f"{name} no longer contains {text!r}: give this mutant the new text", pytrace=False)
     return scope[name]
 
 
@@ -165,7 +170,7 @@ def graders_of(name):
 
 
 def verdicts(name, answer):
-    """What the graders say about an answer: an exception or None each."""
+    """The verdict of each grader on an answer: an exception, or None if it passes."""
     found = []
     for test in graders_of(name):
         torch.manual_seed(0)
@@ -178,7 +183,7 @@ def verdicts(name, answer):
 
 
 def bites(name, answer):
-    """Does a grader say what is wrong? A crash is no verdict."""
+    """Whether a grader says what is wrong. A crash does not count."""
     return any(isinstance(verdict, pytest.fail.Exception) for verdict in verdicts(name, answer))
 
 
@@ -225,9 +230,10 @@ def test_stubs_have_the_signatures_of_the_library(name):
 @pytest.mark.parametrize("file", plug.EXERCISES)
 def test_stubs_are_short_and_say_what_to_expect(file):
     text = (plug.ROOT / "exercises" / f"{file}.py").read_text()
-    home = plug.EXERCISES[file][0].__name__.replace("plug", "discriminator")
+    home = plug.EXERCISES[file][0].__name__.replace("plug", "support.upsample").replace(".", "/")
     assert len(text.splitlines()) <= 25
-    assert re.search(r"difficulty [1-5] of 5, \d+ minutes, .*lines", text) and f"Mirrors {home}.py" in text
+    assert re.search(r"difficulty [1-5] of 5, \d+ minutes, .*lines", text)
+    assert f"Mirrors {home}.py" in " ".join(text.split())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ def test_a_class_is_graded_into_a_csv(run, tmp_path):
 
 
 def test_plugged_functions_are_used_wherever_they_were_imported():
-    names = [name for name in LIBRARY if not name.startswith("upsample")]
+    names = [name for name in LIBRARY if not name.startswith("upsample") and name != "LoRALinear"]
     plug.plug({name: STUBS[name] for name in names})
     try:
         assert plug.sampler.consistency is plug.solver.consistency is STUBS["consistency"]
@@ -268,6 +274,39 @@ def test_plugged_functions_are_used_wherever_they_were_imported():
     finally:
         plug.plug({name: LIBRARY[name] for name in names})
     assert plug.library() == LIBRARY
+
+
+def test_a_plugged_lora_layer_works_with_the_library():
+    class LoRALinear(nn.Linear):
+        """An answer that has what exercise 8 asks for, and no more."""
+
+        def __init__(self, layer, rank, alpha):
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+            self.weight, self.bias = layer.weight, layer.bias
+            self.rank, self.alpha, self.active = rank, alpha, True
+            self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+            self.lora_B = nn.Linear(rank, self.out_features, bias=False)
+
+        def forward(self, x):
+            update = self.lora_B(self.lora_A(x)) * self.alpha / self.rank
+            return super().forward(x) + update * self.active
+
+    net, x, own = nn.Sequential(nn.Linear(7, 5)), torch.randn(4, 7), LIBRARY["LoRALinear"]
+    before = net(x)
+    plug.plug({"LoRALinear": LoRALinear})
+    try:
+        plug.lora.add_lora(net, 3, alpha=6, targets="0")
+        assert isinstance(net[0], LoRALinear) and not isinstance(net[0], own)
+        with plug.lora.without_lora(net):
+            assert torch.equal(net(x), before)
+        after = net(x)
+        assert type(plug.lora.merge_lora(net)[0]) is nn.Linear
+        assert_close_relative(net(x), after)
+        assert not torch.allclose(after, before)
+    finally:
+        plug.plug({"LoRALinear": own})
+    assert plug.library() == LIBRARY and plug.lora.LORA_LAYERS[nn.Linear] is own
 
 
 def test_capstone(run, tmp_path):

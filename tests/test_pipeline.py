@@ -1,8 +1,8 @@
 """Image to video, end to end: our teacher against diffusers' StableVideoDiffusionPipeline.
 
-Same weights, same image, same noise. After 25 steps in fp32 the latents differ by 2e-6: at high noise the two
-agree to 1e-8, since x is nearly all noise and that is shared; as sigma falls, what the network says makes up
-more and more of x, and with it the 1e-6 that fp32 rounding leaves at the output of one network call.
+Weights, image and noise are the same. After 25 steps in fp32 the latents differ by 2e-6. At high noise the
+two agree to 1e-8, because x is almost entirely the shared noise. As sigma falls, the network's output makes
+up more of x, and fp32 rounding changes that output by 1e-6 per call.
 """
 import diffusers
 import numpy as np
@@ -46,8 +46,8 @@ def to_tensor(images):
 
 
 def run_diffusers(pipeline, images, noise, output_type="latent", **options):
-    """noise: (of the pixels, of the latents). The pipeline draws that of the pixels itself, from a generator
-    before anything else; make_noise draws the same from one with the same seed."""
+    """noise: a pair (for the pixels, for the latents). The pipeline draws the pixel noise itself, as the
+    first use of its generator; make_noise draws the same numbers from a generator with the same seed."""
     return pipeline(images, height=HEIGHT, width=WIDTH, num_frames=FRAMES, latents=noise[1],
                     generator=torch.Generator().manual_seed(1), output_type=output_type, **options).frames
 
@@ -79,7 +79,8 @@ def test_guided_teacher_makes_the_latents_of_diffusers(pipeline, networks, low, 
 
 
 def test_each_frame_has_its_own_guidance(networks):
-    """So that the test above can tell a ramp from its mean, or from the same ramp in another direction."""
+    """A constant guidance of the same mean, or the reversed ramp, gives other latents. Without this, the test
+    above would not notice the difference."""
     images, noise = random_images(), make_noise()
     latents = run_ours(networks, images, noise, (1.0, 3.0), 4)
     for other in ((2.0, 2.0), (3.0, 1.0)):
@@ -98,20 +99,21 @@ def test_each_setting_means_what_it_means_in_diffusers(pipeline, networks, optio
     images, noise = random_images(), make_noise()
     expected = run_diffusers(pipeline, images[0], noise, num_inference_steps=4, **options)
     assert_close_relative(run_ours(networks, images, noise, num_steps=4, **options), expected, TOLERANCE)
-    assert relative_error(run_ours(networks, images, noise, num_steps=4), expected) > 1e-3      # it matters
+    # The setting has an effect: with the defaults the latents differ.
+    assert relative_error(run_ours(networks, images, noise, num_steps=4), expected) > 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_very_few_steps_make_the_latents_of_diffusers(pipeline, networks, steps):
-    """One step from sigma = 700 to 0.002 or to 0 leaves a number of size 1 as the difference of two of size
-    700, of which fp32 keeps 700 * 6e-8 = 4e-5: by that much the two may differ here."""
+    """A step from sigma = 700 to 0.002 or 0 computes a number of size 1 as the difference of two numbers of
+    size 700. fp32 rounds those by 700 * 6e-8 = 4e-5, so that is the tolerance here."""
     images, noise = random_images(), make_noise()
     expected = run_diffusers(pipeline, images[0], noise, num_inference_steps=steps)
     assert_close_relative(run_ours(networks, images, noise, num_steps=steps), expected, 4e-5)
 
 
 def test_a_batch_of_images_makes_the_latents_of_diffusers(pipeline, networks):
-    """Each clip has its own image; the second of the batch is also what it is alone."""
+    """Each clip has its own image, and the second clip equals the one that is sampled alone."""
     images, noise = random_images(2), make_noise(2)
     expected = run_diffusers(pipeline, images, noise, num_inference_steps=4)
     actual = run_ours(networks, images, noise, num_steps=4)
@@ -132,8 +134,8 @@ def test_several_videos_of_one_image_make_the_latents_of_diffusers(pipeline, net
 @pytest.mark.parametrize("chunk", [FRAMES, 2, 1])
 @torch.no_grad()
 def test_frames_are_those_of_diffusers(pipeline, networks, chunk):
-    """Image to pixels in [0, 1]. The decoder sees the frames of one chunk together, so the size of a chunk is
-    part of the result: 5 frames by 2 are clips of 2, 2 and 1."""
+    """From the image to pixels in [0, 1]. The decoder mixes the frames of a chunk, so the chunk size changes
+    the result: 5 frames in chunks of 2 are decoded as 2, 2 and 1."""
     images, noise, vae = random_images(), make_noise(), networks[1]
     expected = run_diffusers(pipeline, images[0], noise, "pt", num_inference_steps=4, decode_chunk_size=chunk)
     latents = run_ours(networks, images, noise, num_steps=4)[0] / vae.config["scaling_factor"]

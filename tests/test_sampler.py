@@ -1,4 +1,4 @@
-"""Samplers against closed forms, and `python sampler.py` as people use and misuse it."""
+"""The samplers against closed forms, and the command line of sampler.py with good and bad input."""
 import subprocess
 import sys
 from pathlib import Path
@@ -7,13 +7,19 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import assert_close_relative
 from PIL import Image
+from safetensors.torch import load_file
+from test_media import picture
 
+import lora
 import model
 import sampler
 from model import Cond
-from sampler import decode, draw_noise, fit_image, load_image, sample, sample_teacher, save_video, time_travel
+from sampler import decode, draw_noise, sample, sample_teacher, time_travel
 from solver import NUM_SIGMAS, karras_sigmas, precondition, strided
+from support.kernels import fast
+from support.media import fit_image, load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +34,7 @@ def cond_of(num_clips, num_frames=3):
 
 
 class Recorder:
-    """A network that computes f(x, sigma) = fn(x, sigma), and keeps what it was asked."""
+    """A network whose consistency function is f(x, sigma) = fn(x, sigma). It records its inputs."""
 
     def __init__(self, fn):
         self.fn, self.calls = fn, []
@@ -65,7 +71,7 @@ def test_each_step_starts_at_its_noise_level():
         assert torch.allclose(sigma, expected, rtol=1e-5)
         assert abs(x_t.std() / expected - 1) < 0.03
     first, second = net.calls[0][0] / sigmas[0], net.calls[1][0] / sigmas[1]
-    assert abs((first * second).mean()) < 0.03                          # fresh noise, not the old one
+    assert abs((first * second).mean()) < 0.03                          # fresh noise in each step
 
 
 @pytest.mark.parametrize("tts", [False, True])
@@ -81,8 +87,9 @@ def test_time_travel_is_equation_13():
     """Both readouts against the paper's equation written out term by term, with a nonlinear network."""
     fn = lambda x, sigma: torch.tanh(x / (1 + sigma)) + 0.1 * sigma.log()
     cond, (sigma_t, sigma_s, _) = cond_of(2), strided(karras_sigmas(NUM_SIGMAS), 2)
+    gens = generators(1, 2)
     noise = [torch.stack([torch.randn(3, 4, 4, 4, generator=g) for g in gens])
-             for gens in [generators(1, 2)] for _ in range(2)]                  # drawn in turn: x_t's, eps_0
+             for _ in range(2)]                                                 # for x_t, then eps_0
     x_t = sigma_t * noise[0]
     f = fn(x_t, sigma_t)
     eps = 0.5 * (noise[1] + (x_t - f) / sigma_t)
@@ -95,14 +102,14 @@ def test_time_travel_is_equation_13():
     net = Recorder(fn)
     look_ahead = time_travel(net, cond, sigma_t, sigma_s, generators(1, 2))
     assert len(net.calls) == 2
-    # The network returns F in fp32 and f is recovered from it at sigma 700: three digits are lost.
+    # The network returns F in fp32, and f is computed from it at sigma 700, which loses three digits.
     torch.testing.assert_close(look_ahead, f_s, rtol=0, atol=5e-4)
     as_printed = time_travel(net, cond, sigma_t, sigma_s, generators(1, 2), "printed")
     torch.testing.assert_close(as_printed, printed, rtol=0, atol=5e-4)
 
 
 def test_time_travel_as_first_printed_is_nearly_deterministic():
-    """v1's Eq. 11 does not re-noise, so what it returns hardly depends on the noise: no diversity."""
+    """v1's Eq. 11 adds no noise between its evaluations, and its result hardly depends on the first noise."""
     net, (sigma_t, sigma_s, _) = Recorder(gaussian(0.0, 0.5)), strided(karras_sigmas(NUM_SIGMAS), 2)
     v1 = time_travel(net, cond_of(100), sigma_t, sigma_s, generators(*range(100)), "v1")
     v2 = time_travel(net, cond_of(100), sigma_t, sigma_s, generators(*range(100)))
@@ -147,136 +154,6 @@ def test_decode_unscales_and_keeps_clips_apart():
     assert decode(vae, x0, decode_chunk_size=3).shape == frames.shape
 
 
-# ---- pictures in ----------------------------------------------------------------------------------------
-
-
-def picture(width=30, height=20):
-    """Red left half, blue right half."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[:, :width // 2], pixels[:, width // 2:] = (255, 0, 0), (0, 0, 255)
-    return Image.fromarray(pixels)
-
-
-@pytest.mark.parametrize("suffix, mode", [
-    ("png", "RGB"), ("png", "P"), ("png", "RGBA"), ("webp", "RGB"),
-    ("bmp", "RGB"), ("gif", "P"), ("tiff", "CMYK"), ("jpg", "CMYK")])
-def test_colours_survive_every_format(tmp_path, suffix, mode):
-    file = tmp_path / f"in.{suffix}"
-    picture().convert(mode).save(file)
-    image = load_image(file)
-    assert image.mode == "RGB" and image.size == (30, 20)
-    left, right = np.asarray(image, float)[5, 5], np.asarray(image, float)[5, 25]
-    assert np.abs(left - (255, 0, 0)).max() < 16 and np.abs(right - (0, 0, 255)).max() < 16
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "LA", "I;16"])
-def test_grey_pictures_keep_their_brightness(tmp_path, mode):
-    ramp = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(64, 0)
-    if mode == "I;16":
-        image = Image.fromarray(ramp.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(ramp).convert(mode)
-    image.save(tmp_path / "in.png")
-    loaded = np.asarray(load_image(tmp_path / "in.png"), float)
-    assert loaded.shape == (64, 64, 3) and np.abs(loaded[..., 0].mean() - 127) < 8
-    if mode != "1":
-        assert np.abs(loaded[0, :, 0] - ramp[0]).max() <= 1
-
-
-def test_rotated_photos_stand_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                            # camera turned by 90 degrees
-    picture().save(tmp_path / "in.jpg", exif=exif, quality=95)
-    image = load_image(tmp_path / "in.jpg")
-    assert image.size == (20, 30)
-    top, bottom = np.asarray(image, float)[3, 10], np.asarray(image, float)[26, 10]
-    assert top[0] > 200 and bottom[2] > 200                                     # red on top, blue below
-
-
-def test_transparency_becomes_white(tmp_path):
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "in.png")
-    assert np.asarray(load_image(tmp_path / "in.png")).min() == 255
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5000, 40), (40, 5000), (128, 128), (1000, 1000)])
-def test_any_size_is_cut_at_the_centre_without_distortion(size):
-    image = Image.new("RGB", size, "black")
-    pixels, kept = fit_image(image, 128, 64)
-    assert pixels.shape == (3, 64, 128) and pixels.min() == pixels.max() == -1
-    width, height = size[0] * kept[0], size[1] * kept[1]
-    assert max(kept) == pytest.approx(1) and width / height == pytest.approx(2)
-
-
-def test_a_picture_of_the_right_size_is_not_touched():
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    pixels, _ = fit_image(Image.fromarray(noise), 64, 64)
-    assert np.array_equal(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy(), noise)
-
-
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampler, "MAX_PIXELS", 100)
-    picture().save(tmp_path / "in.png")
-    with pytest.raises(ValueError, match="million pixels"):
-        load_image(tmp_path / "in.png")
-
-
-# ---- videos out -----------------------------------------------------------------------------------------
-
-
-def colour_clip(num_frames=14, size=64):
-    """A saturated colour in each corner, fading over the frames."""
-    corners = torch.tensor([[[0.9, -0.8, -0.8], [-0.8, 0.9, -0.8]], [[-0.8, -0.8, 0.9], [0.9, 0.9, -0.8]]])
-    image = corners.permute(2, 0, 1).repeat_interleave(size // 2, 1).repeat_interleave(size // 2, 2)
-    return image * torch.linspace(1, 0.3, num_frames).view(-1, 1, 1, 1)         # f 3 H W
-
-
-def test_mp4_plays_everywhere(tmp_path):
-    frames = colour_clip()
-    save_video(frames, tmp_path / "out.mp4", fps=7)
-    with av.open(str(tmp_path / "out.mp4")) as container:
-        stream = container.streams.video[0]
-        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
-        assert stream.average_rate == 7 and stream.frames == 14
-        decoded = [frame for frame in container.decode(stream)]
-        times = [float(frame.pts * stream.time_base) for frame in decoded]
-        pixels = np.stack([frame.reformat(src_colorspace="ITU709", format="rgb24").to_ndarray()
-                           for frame in decoded])
-    assert times == pytest.approx([i / 7 for i in range(14)])
-    expected = ((frames + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-    middles = np.s_[:, 16::32, 16::32]                  # of the corners; at their edges 4:2:0 smears colour
-    assert np.abs(pixels[middles] - expected[middles]).max() < 4        # a mistaken matrix or range gives 20
-
-
-def test_gif_has_the_frame_rate(tmp_path):
-    save_video(colour_clip(), tmp_path / "out.gif", fps=7)
-    with Image.open(tmp_path / "out.gif") as gif:
-        assert gif.n_frames == 14
-        durations = []
-        for i in range(14):
-            gif.seek(i)
-            durations.append(gif.info["duration"])
-    assert sum(durations) == 2000
-
-
-def test_png_is_a_contact_sheet(tmp_path):
-    save_video(colour_clip(4), tmp_path / "out.png", fps=7)
-    width, height = Image.open(tmp_path / "out.png").size
-    assert width >= 4 * 64 and 64 <= height < 80
-
-
-def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
-    out = tmp_path / "out.mp4"
-    out.write_bytes(b"earlier")
-
-    def full_disk(pixels, file, fps):
-        file.write_bytes(b"half a vid")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(sampler, "write_mp4", full_disk)
-    with pytest.raises(OSError):
-        save_video(colour_clip(2), out, fps=7)
-    assert out.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [out]
-
-
 # ---- the command line -----------------------------------------------------------------------------------
 
 
@@ -304,10 +181,11 @@ def test_the_command_of_the_readme(run, tmp_path):
 
 
 def test_the_student_that_ships():
-    """Of one picture, two seeds: both begin with it, end as sharp as it is, and differ by half a shape."""
+    """Two seeds for one picture: both videos begin with it, end as sharp as it is, and differ from each
+    other."""
     vae, image_encoder, unet = (load(sampler.TOY) for load in (
         model.load_vae, model.load_image_encoder, model.load_unet))
-    net = model.load_student(sampler.STUDENT, unet)
+    net = lora.load_student(sampler.STUDENT, unet)
     image, _ = fit_image(load_image(ROOT / "assets" / "input.png"), 128, 128)
     with torch.no_grad():
         images = image.expand(2, -1, -1, -1)                                    # 2 3 128 128
@@ -322,7 +200,7 @@ def test_the_student_that_ships():
 
 
 def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder):
-    """The second of two videos is, to the bit, what its seed gives alone; a folder is several pictures."""
+    """A folder is several pictures. The second video equals, bit for bit, a run with its seed alone."""
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a", "b"):
@@ -341,24 +219,26 @@ def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder
     (["--image", "text.png"], "text.png: cannot be read"),
     (["--image", "cut.png"], "cut.png: cannot be read"),
     (["--image", "empty"], "no pictures in this folder"),
-    (["--image", "in.png", "--out", "out.avi"], "must end in .mp4, .gif or .png"),
+    (["--image", "in.png", "--out", "out.avi"], "must end in .mp4 or .gif or .png"),
     (["--image", "in.png", "--out", "nowhere/out.mp4"], "there is no folder nowhere"),
     (["--image", "in.png", "--stepz", "4"], "unrecognized arguments: --stepz"),
     (["--image", "in.png", "--step", "4"], "unrecognized arguments: --step"),
     (["--image", "in.png", "--steps", "four"], "invalid int value: 'four'"),
-    (["--image", "in.png", "--steps", "0"], "--steps 0: not between 1 and 1000"),
-    (["--image", "in.png", "--motion_bucket_id", "999"], "not between 0 and 255"),
+    (["--image", "in.png", "--steps", "0"], "argument --steps: 0 is not between 1 and 1000"),
+    (["--image", "in.png", "--motion_bucket_id", "999"], "999 is not between 0 and 255"),
+    (["--image", "in.png", "--noise_aug_strength", "nan"], "nan is not between 0.0 and 10.0"),
     (["--image", "in.png", "--model", "no/such/folder"], "no such folder"),
     (["--image", "in.png", "--model", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--student", "empty"], "expected the diffusers layout"),
-    (["--image", "in.png", "--device", "tpu"], "not available here"),
+    (["--image", "in.png", "--device", "tpu"], "--device tpu: not available here; use"),
+    (["--image", "in.png", "--device", "cpu:7"], "--device cpu:7: not available here; use"),
     (["--image", "in.png", "--teacher", "--tts"], "--teacher does not go with --tts"),
     (["--image", "in.png", "--offload", "--cuda_graph"], "--offload does not go with --cuda_graph"),
     (["--image", "in.png", "--tts", "--steps", "4"], "for one step"),
     ([], "required: --image"),
 ])
 def test_bad_input_is_one_line_and_status_2(pipeline_folder, tmp_path, monkeypatch, capsys, args, message):
-    """In this process, so that importing torch eighteen times does not take a minute."""
+    """In this process: importing torch in a new one for each case would take a minute."""
     picture().save(tmp_path / "in.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:60])
@@ -368,7 +248,7 @@ def test_bad_input_is_one_line_and_status_2(pipeline_folder, tmp_path, monkeypat
     monkeypatch.setattr(sampler, "TOY", pipeline_folder)
     monkeypatch.setattr(sys, "argv", ["sampler.py", *args])
     with pytest.raises(SystemExit) as stop:
-        sampler.cli()
+        sampler.main()
     complaint = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and message in complaint[-1] and complaint[-1].startswith("sampler.py: ")
     assert [line for line in complaint[:-1] if not line.startswith("toy model")] == []
@@ -382,7 +262,23 @@ def test_every_flag_is_explained_and_read(capsys):
         sampler.parse_args(["--help"])
     text = capsys.readouterr().out
     flags = {line.split()[0].rstrip(",") for line in text.splitlines() if line.strip().startswith("--")}
-    assert {"--image", "--steps", "--tts", "--seed", "--decode_chunk_size"} <= flags
-    read_by_name = source.split("for name, low, high in")[0] + source.split("def find_images")[1]
+    assert {"--image", "--steps", "--tts", "--seed", "--decode_chunk_size", "--plain"} <= flags
     for flag in flags - {"--no_tts"}:
-        assert f"args.{flag[2:]}" in read_by_name, f"{flag} is never read"
+        assert f"args.{flag[2:]}" in source, f"{flag} is never read"
+
+
+def test_plain_networks_make_the_same_video(pipeline_folder, tmp_path, monkeypatch):
+    """--plain loads the layers of model.py, and without it they have the classes of support/kernels.py. The
+    latents agree to rounding."""
+    picture(64, 64).save(tmp_path / "in.png")
+    kept = []
+    monkeypatch.setattr(sampler, "fast", lambda net: kept.append(net) or fast(net))
+    latents = []
+    for name, flags in (("fast", []), ("plain", ["--plain"])):
+        argv = ["--image", tmp_path / "in.png", "--model", pipeline_folder, "--steps", 2, "--device", "cpu",
+                "--save_latents", "--out", tmp_path / f"{name}.png", *flags]
+        monkeypatch.setattr(sys, "argv", ["sampler.py", *map(str, argv)])
+        sampler.main()
+        latents.append(load_file(tmp_path / f"{name}.safetensors")["latents"])
+    assert [type(net) for net in kept] == [model.UNet, model.VAE]       # --plain does not call it
+    assert_close_relative(latents[0], latents[1], 1e-4)

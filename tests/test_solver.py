@@ -15,8 +15,8 @@ import solver
 
 
 class GaussianNet:
-    """Called like the UNet; its raw output F makes the denoiser that of N(mu, s^2), mu being the condition
-    latents. Without its condition the data is therefore N(0, s^2). Remembers what it was called with."""
+    """A stand-in for the UNet whose raw output F makes `consistency` the denoiser of N(mu, s^2). mu is the
+    condition latents, so without its condition the data is N(0, s^2). It records its inputs."""
 
     def __init__(self, s=0.6):
         self.s, self.calls = s, []
@@ -94,7 +94,7 @@ def test_strided_levels_are_levels_of_the_fine_grid():
 
 
 def test_strided_levels_for_few_steps():
-    """By hand: level i of the 100 is (hi + i / 99 (lo - hi))^7, and k = 2, 3 take every 50th and 33rd."""
+    """Computed by hand: level i of 100 is (hi + i / 99 (lo - hi))^7; k = 2 and 3 take every 50th and 33rd."""
     sigmas = solver.karras_sigmas(100)
     assert solver.strided(sigmas, 1).tolist() == [700, 0]
     assert solver.strided(sigmas, 2).tolist() == pytest.approx([700, 14.81, 0], abs=5e-3)
@@ -102,8 +102,9 @@ def test_strided_levels_for_few_steps():
 
 
 def test_strided_grids_of_few_steps_interlace():
-    """Between two neighbouring levels of the k-step grid lies one of the (k + 1)-step grid, so that looking
-    ahead by one grid means looking at less noise. (This ends at k = 5: both take level 80 of the 100.)"""
+    """Between two neighbouring levels of the k-step grid lies a level of the (k + 1)-step grid: its
+    look-ahead level, with less noise. (From k = 5 on this no longer holds: both grids contain level 80 of
+    100.)"""
     sigmas = solver.karras_sigmas(100)
     for k in range(1, 5):
         coarse, fine = solver.strided(sigmas, k), solver.strided(sigmas, k + 1)
@@ -122,7 +123,7 @@ def test_precondition_is_the_table_of_edm():
     c_skip, c_out, c_in, c_noise = solver.precondition(sigma)
     for actual, expected in [(c_skip, 1 / (sigma ** 2 + 1)), (c_out, -sigma / (sigma ** 2 + 1) ** 0.5),
                              (c_in, 1 / (1 + sigma ** 2) ** 0.5), (c_noise, sigma.log() / 4)]:
-        assert actual.dtype == torch.float32                                    # although sigma was fp64
+        assert actual.dtype == torch.float32                                    # sigma is fp64
         torch.testing.assert_close(actual.double(), expected, rtol=5e-7, atol=1e-7)
     assert solver.precondition(sigma.bfloat16()).c_skip.dtype == torch.float32
 
@@ -144,7 +145,7 @@ def test_network_input_has_unit_variance(sigma):
 
 
 def test_consistency_at_zero_noise_is_the_identity():
-    """The boundary condition f(x, 0) = x, bitwise, whatever the network says."""
+    """The boundary condition f(x, 0) = x holds bitwise for every output of the network."""
     x = torch.randn(2, 3, 4, 4, 5)
     for output in (torch.randn_like(x), torch.full_like(x, 1e30), torch.full_like(x, -1e30)):
         assert torch.equal(solver.consistency(lambda *_: output, x, 0.0, make_cond()), x)
@@ -205,8 +206,8 @@ def test_sigma_may_be_a_number_or_one_value_per_clip(sigma):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_arithmetic_is_fp32_for_half_precision_latents(dtype):
-    """700^2 overflows fp16, and bf16 cannot tell x from x + 1 at 700. Half-precision latents must give what
-    the same numbers in fp32 give, and a surrounding autocast must change nothing."""
+    """700^2 overflows fp16, and bf16 cannot represent 701. Half-precision latents must give the same result
+    as the same numbers in fp32, and a surrounding autocast must change nothing."""
     net, cond = GaussianNet(), make_cond()
     x = (700 * torch.randn(2, 3, 4, 4, 5)).to(dtype)
     sigmas = torch.tensor([700.0, 14.81, 0.5])
@@ -224,7 +225,7 @@ def test_guidance_one_is_conditional_and_zero_unconditional():
     net, cond, x = GaussianNet(), make_cond(), torch.randn(2, 3, 4, 4, 5)
     conditional = solver.consistency(net, x, 2.0, cond)
     unconditional = solver.consistency(net, x, 2.0, model.unconditional(cond))
-    assert relative_error(unconditional, conditional) > 0.1                     # else the rest shows nothing
+    assert relative_error(unconditional, conditional) > 0.1                     # the condition has an effect
     assert_close_relative(solver.guided(net, x, 2.0, cond, 1.0), conditional, 1e-6)
     assert_close_relative(solver.guided(net, x, 2.0, cond, 0.0), unconditional, 1e-6)
     expected = unconditional + 3 * (conditional - unconditional)
@@ -243,7 +244,7 @@ def test_guidance_may_differ_between_frames_and_clips():
 
 
 def test_guidance_drops_the_image_and_keeps_the_time_ids():
-    """Unconditional is: zero embedding, zero latents, the same ids; in one batch of twice the size."""
+    """The unconditional half of the doubled batch has zero embedding, zero latents and the same ids."""
     net, cond, x = GaussianNet(), make_cond(), torch.randn(2, 3, 4, 4, 5)
     solver.guided(net, x, torch.tensor([2.0, 3.0]), cond, 2.0)
     (inputs, c_noise, image_embeds, time_ids), = net.calls
@@ -270,7 +271,7 @@ def solve_error(net, num_steps, cond, x):
 
 
 def test_euler_converges_to_the_analytic_solution_with_order_one():
-    """Twice the steps, half the error."""
+    """Doubling the number of steps halves the error."""
     net, cond = GaussianNet(), make_cond()
     x = cond.image_latents + 10 * torch.randn(2, 3, 4, 4, 5)
     errors = np.array([solve_error(net, n, cond, x) for n in (32, 64, 128, 256)])
@@ -280,7 +281,8 @@ def test_euler_converges_to_the_analytic_solution_with_order_one():
 
 
 def test_twenty_five_steps_from_pure_noise_reach_the_data():
-    """SVD's own grid, last step to sigma = 0 included: samples have the data's mean and nearly its spread."""
+    """On SVD's grid, with its last step to sigma = 0, samples have the mean and almost the spread of the
+    data."""
     net, cond = GaussianNet(), make_cond(4, 8, 16, 16)
     x_T = 700 * torch.randn_like(cond.image_latents)
     residual = solver.solve(net, x_T, solver.karras_sigmas(25), cond) - cond.image_latents
@@ -291,12 +293,13 @@ def test_twenty_five_steps_from_pure_noise_reach_the_data():
 
 @pytest.mark.parametrize("sigma_t, sigma_s", [(700.0, 0.0), (700.0, 14.81), (14.81, 0.002), (0.002, 0.0)])
 def test_one_step_is_exact_for_a_point_mass(sigma_t, sigma_s):
-    """If the data is one point the ODE's paths are straight lines to it, which Euler steps follow exactly."""
+    """For data that is a single point, the ODE's paths are straight lines, which Euler steps follow
+    exactly."""
     net, cond = GaussianNet(s=0.0), make_cond()
     x = cond.image_latents + sigma_t * torch.randn(2, 3, 4, 4, 5)
     actual = solver.solve(net, x, torch.tensor([sigma_t, sigma_s]), cond)
     expected = net.ode(x, sigma_t, sigma_s, cond.image_latents)
-    # Of x, at most 4 sigma_t here, fp32 keeps 6e-8 per operation; there are a dozen operations.
+    # |x| is at most about 4 sigma_t. Each of a dozen fp32 operations has a relative error of 6e-8.
     assert (actual - expected).abs().max() <= 12 * 6e-8 * 4 * max(sigma_t, 1)
 
 
@@ -310,7 +313,7 @@ def test_steps_compose():
 
 
 def test_each_clip_may_have_its_own_grid():
-    """sigmas [m + 1, b]; a grid that reaches 0 early is padded with zeros, which change nothing."""
+    """sigmas [m + 1, b]: a shorter grid is padded with zeros, and steps from 0 change nothing."""
     net, cond, x = GaussianNet(), make_cond(3), 10 * torch.randn(3, 3, 4, 4, 5)
     grids = torch.tensor([[10.0, 4.0, 1.0, 0.5], [3.0, 0.2, 0.0, 0.0], [0.002, 0.0, 0.0, 0.0]])
     actual = solver.solve(net, x, grids.T, cond, 2.0)

@@ -1,4 +1,4 @@
-"""The detector, the Frechet distance, and train_toy.py from nothing to a pipeline, interrupted or not."""
+"""toy/train.py makes a pipeline folder, also when interrupted; the toy detector and the Frechet distance."""
 import json
 import shutil
 import subprocess
@@ -13,6 +13,7 @@ from torch import nn
 import data
 import evaluate
 import model
+from toy import world
 
 TINY = ["--quick", "--device", "cpu", "--size", "32", "--vae_steps", "2", "--image_encoder_steps", "4",
         "--dinov2_steps", "2", "--i3d_steps", "2", "--unet_steps", "2",
@@ -20,7 +21,7 @@ TINY = ["--quick", "--device", "cpu", "--size", "32", "--vae_steps", "2", "--ima
 
 
 def train_toy(python, folder, *flags):
-    command = [*python, "train_toy.py", *TINY, "--output_dir", str(folder), *flags]
+    command = [*python, "-m", "toy.train", *TINY, "--output_dir", str(folder), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -41,17 +42,17 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_detector_on_and_off_the_disk(tmp_path):
-    detector = evaluate.VideoClassifier(data.NUM_ATTRIBUTES, channels=(8, 8, 16, 16), size=32).eval()
+    detector = evaluate.VideoClassifier(world.NUM_ATTRIBUTES, channels=(8, 8, 16, 16), size=32).eval()
     evaluate.save_detector(detector, tmp_path / "i3d")
     loaded = evaluate.load_detector(tmp_path / "i3d")
     pixels = torch.rand(2, 3, 6, 32, 32) * 255
     with torch.no_grad():
         logits = loaded(pixels, rescale=True, resize=True, return_features=True)
-        assert logits.shape == (2, data.NUM_ATTRIBUTES)
+        assert logits.shape == (2, world.NUM_ATTRIBUTES)
         assert torch.equal(logits, detector(pixels))
         torch.testing.assert_close(loaded(pixels / 127.5 - 1, rescale=False), logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(loaded(pixels, return_features=False), logits.sigmoid())
-        assert loaded(torch.rand(1, 3, 14, 50, 40) * 255).shape == (1, data.NUM_ATTRIBUTES)     # resized
+        assert loaded(torch.rand(1, 3, 14, 50, 40) * 255).shape == (1, world.NUM_ATTRIBUTES)     # resized
     frames = torch.rand(3, 6, 3, 32, 32) * 2.4 - 1.2
     features = evaluate.video_features(loaded, frames, batch_size=2)
     torch.testing.assert_close(features, evaluate.video_features(loaded, frames), rtol=1e-4, atol=1e-5)
@@ -81,7 +82,7 @@ def test_all_stages_make_folders_that_load(toy):
     detector = evaluate.load_detector(toy / "i3d")
     from transformers import Dinov2Model
     dino = Dinov2Model.from_pretrained(toy / "dinov2")
-    frames = data.toy_clips(0, torch.arange(1), 4, 32).frames
+    frames = world.toy_clips(0, torch.arange(1), 4, 32).frames
     with torch.no_grad():
         latents = vae.encode(frames[0])[None]
         cond = model.encode_condition(
@@ -91,12 +92,12 @@ def test_all_stages_make_folders_that_load(toy):
         F_x = unet(x, torch.zeros(1), cond.image_embeds, cond.time_ids)
         tokens = dino(pixel_values=torch.zeros(1, 3, 126, 126)).last_hidden_state
     assert F_x.shape == latents.shape == (1, 4, 4, 4, 4) and tokens.shape == (1, 82, 96)
-    assert evaluate.video_features(detector, frames).shape == (1, data.NUM_ATTRIBUTES)
+    assert evaluate.video_features(detector, frames).shape == (1, world.NUM_ATTRIBUTES)
     assert all(F_x.isfinite().flatten()) and vae.config["scaling_factor"] != 0.18215
     for name in ("model_index.json", "scheduler/scheduler_config.json",
                  "feature_extractor/preprocessor_config.json"):
         json.loads((toy / name).read_text())
-    assert not list((toy / ".train").glob("*.safetensors"))         # checkpoints of finished stages are gone
+    assert not list((toy / ".train").rglob("*.safetensors"))        # checkpoints of finished stages are gone
 
 
 def test_report(toy):
@@ -124,7 +125,7 @@ def test_interrupted_training_goes_on_where_it_stopped(python, toy, tmp_path):
 
 
 def test_two_processes_share_the_unet_s_batch(python, toy, tmp_path):
-    """Each has clips of its own and half of the batch; one of them writes. And a UNet of another shape."""
+    """Each process has its own clips and half of the batch; rank 0 writes. The UNet has another shape."""
     shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("unet", ".train"))
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train = partial(train_toy, torchrun, tmp_path / "toy", "--stages", "unet")

@@ -1,12 +1,11 @@
-"""Both training stages, as commands, on random networks of 32x32 pixels and 3 frames.
+"""Both training stages, run as commands on random networks of 32x32 pixels and 3 frames; support/engine.py.
 
-Runs are forked from a server that has imported torch and transformers (seconds) once; what they execute is
-the script itself. One, under torchrun, is a real command line.
+Each run is forked from a server that has imported torch and transformers once, which takes seconds, and
+executes the script itself. The run under torchrun is a real command line.
 """
 import ast
 import gc
 import inspect
-import io
 import json
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,20 +27,21 @@ import torch
 from conftest import ROOT, randomize, small_image_encoder, unet_config, vae_config
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as torch_checkpoint
 
 import data
-import engine
+import lora
 import model
 import sampler
 import solver
+from support import checkpoint, engine, media
 
 FLAGS = ("--preset toy_cpu --num_clips 8 --batch_size 2 --max_train_steps 10 --checkpointing_steps 5 "
          "--validation_steps 5 --validation_teacher_steps 2 --log_steps 1 --lora_rank 4 --warmup_steps 2 "
          "--lr_d 2e-4 --device cpu --mixed_precision no")
 SIX = "--max_train_steps 6 --checkpointing_steps 3 --validation_steps 100"
 LOSSES = ["loss_d", "loss_huber", "loss_adv"]
-MACHINE = {"s_per_step", "clips_per_s", "memory_gb"}            # differ from run to run
+MACHINE = {"s_per_step", "clips_per_s", "memory_gb"}            # metrics that differ from run to run
 BOTH = pytest.mark.parametrize("stage", [1, 2])
 
 
@@ -53,7 +52,7 @@ BOTH = pytest.mark.parametrize("stage", [1, 2])
 class Run(NamedTuple):
     processes: list
     folder: Path
-    said: list                                                  # a path per process; .out and .err
+    said: list                  # a path for each process, with suffix .out for its stdout and .err for stderr
 
     def wait(self):
         for process in self.processes:
@@ -62,7 +61,7 @@ class Run(NamedTuple):
 
     @property
     def status(self):
-        """All processes end in the same way, or the test has something to show."""
+        """The exit status of all processes; the set of them if they differ, which no test expects."""
         codes = {process.exitcode for process in self.processes}
         return codes.pop() if len(codes) == 1 else codes
 
@@ -76,18 +75,19 @@ class Run(NamedTuple):
 
 
 def script(name, argv, said, environment, before):
-    """In the forked process: `python name argv`."""
+    """What `python name argv` does, in the forked process."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         with open(said.with_suffix(suffix), "w") as file:
             os.dup2(file.fileno(), number)
-    gc.freeze()                                                 # a collection would copy what is shared
+    gc.freeze()                                                 # a collection would copy the shared pages
     os.environ.update(environment)
     sys.argv = [name, *argv]
     before()
     runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
-# What `before` may be. The script calls engine.finite_step twice a step: for discriminator and student.
+# Values of `before`. In each step the script calls engine.finite_step twice: for the discriminator, "D", and
+# for the student, "G".
 
 
 def nothing():
@@ -95,7 +95,7 @@ def nothing():
 
 
 def watch(see):
-    """Calls see(number of the step, whose turn, the script's variables) before each of these calls."""
+    """Calls see(number of the step, "D" or "G", the script's variables) before each call of finite_step."""
     finite_step, calls = engine.finite_step, iter(range(10 ** 6))
 
     def watched(*args):
@@ -114,7 +114,7 @@ def die_in(step):
 
 
 def spoil(step):
-    """A gradient of the student that is not finite, once."""
+    """Makes one gradient of the student NaN, in one step."""
     def see(now, turn, script):
         if (now, turn) == (step, "G"):
             next(iter(script["theta"].masters.values())).grad[0] = float("nan")
@@ -122,31 +122,31 @@ def spoil(step):
 
 
 def check_routes():
-    """Whose gradients are there when it is whose turn."""
+    """Asserts which weights have gradients in the D step and in the G step."""
     def see(now, turn, script):
         net, disc, theta, psi = (script[name] for name in ("net", "disc", "theta", "psi"))
-        assert all(p.grad is None for p in net.parameters())                    # D step: none; G step: pulled
+        assert all(p.grad is None for p in net.parameters())    # the G step has moved them to the masters
         assert all(p.grad is None for name, p in disc.named_parameters() if name not in psi)
         for group, own in ((psi, "D"), (theta.masters, "G")):
-            # Some are zero: of B while A is, of a bias before a GroupNorm. But not most.
+            # Some gradients are zero: of lora_A while lora_B is, of a bias before a GroupNorm. Most are not.
             alive = sum(p.grad is not None and bool(p.grad.any()) for p in group.values())
             assert alive > 0.4 * len(group) if turn == own else all(p.grad is None for p in group.values())
         frozen = [*script.get("ema", {}).values(), *script.get("teacher_weights", {}).values()]
         assert not any(t.requires_grad or t.grad is not None for t in frozen)
-        assert not any(p.requires_grad for name, p in net.named_parameters() if name not in theta.copies)
+        assert not any(p.requires_grad for name, p in net.named_parameters() if name not in theta.net_weights)
         print("seen", now, turn)
     watch(see)
 
 
 @pytest.fixture(scope="module")
 def server():
-    """It imports while the teacher is being made."""
+    """The server of forks. It imports while the teacher is being made."""
     from multiprocessing import forkserver
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sampler", "discriminator", "transformers.models.clip.modeling_clip",
                                     "transformers.models.dinov2.modeling_dinov2"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))                   # for what is preloaded
+        patch.setenv("PYTHONPATH", str(ROOT))                   # for the preloaded modules
         forkserver.ensure_running()
     return context
 
@@ -168,7 +168,7 @@ def teacher(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(server, teacher, tmp_path_factory):
-    """train(stage, flags, folder) starts a run and does not wait for it."""
+    """train(stage, flags, folder) starts a run without waiting for it -> Run."""
     started = []
 
     def start(stage, flags="", folder=None, processes=1, before=nothing):
@@ -194,7 +194,7 @@ def train(server, teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
-    """{stage: output folder} of ten steps that nothing interrupted."""
+    """{stage: output folder} of uninterrupted runs of ten steps."""
     folders = {}
     for stage in (1, 2):
         run = train(stage, stage1_of(folders, stage)).wait()
@@ -205,7 +205,7 @@ def whole(train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(train, whole):
-    """{stage: output folder} of six steps on two processes that nothing interrupted."""
+    """{stage: output folder} of uninterrupted runs of six steps on two processes."""
     folders = {}
     for stage in (1, 2):
         run = train(stage, f"{stage1_of(whole, stage)} {SIX}", processes=2).wait()
@@ -243,7 +243,7 @@ def equal(a, b):
 
 
 def assert_same_run(a, b):
-    """Bit for bit, whatever was computed."""
+    """Metrics, last checkpoint and final weights are equal, bit for bit."""
     assert repeatable(a) == repeatable(b)
     last = checkpoints(b)[-1]
     assert checkpoints(a)[-1] == last and equal(state(a, last), state(b, last))
@@ -252,7 +252,7 @@ def assert_same_run(a, b):
 
 
 def assert_refused(run, *words):
-    """Exit status 2 and one line that says why."""
+    """Exit status 2 and one line on stderr that has these words."""
     lines = run.stderr.splitlines()
     assert run.status == 2 and len(lines) == 1, run.stderr
     assert all(word in lines[0] for word in words), lines[0]
@@ -266,7 +266,7 @@ def wait_for(path, seconds=60):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What a run leaves behind
+# Output files
 
 
 @BOTH
@@ -280,7 +280,7 @@ def test_metrics_have_one_row_per_step(whole, stage):
 
 
 def sheet(folder, step, rows):
-    """The pixels of some of the rows of a sample sheet: four each of real, teacher, one step, TTS."""
+    """The pixels of `rows` of a sample sheet: four rows each for real, teacher, one step, Time Travel."""
     with Image.open(folder / f"sample-{step:06d}.png") as picture:
         assert picture.size == (3 * 34 + 2, 16 * 34 + 2)            # 4 rows of 4 clips, 3 frames each
         return picture.crop((0, rows.start * 34, picture.width, rows.stop * 34)).tobytes()
@@ -300,39 +300,40 @@ def test_samples_are_written(whole, stage):
 
 @BOTH
 def test_teacher_is_shown_beside_the_student(whole, teacher, stage):
-    """It, and not the network that trains, for the pictures and the noise that the student has."""
+    """The teacher's rows come from the teacher, not from the network that trains, with the student's pictures
+    and noise."""
     vae, unet = model.load_vae(teacher), model.load_unet(teacher)
     held_out = data.toy_latents(vae, model.load_image_encoder(teacher), data.HELD_OUT, 4, 3, 32)
     x0, cond = held_out.take(torch.arange(4))
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     x0_teacher = sampler.sample_teacher(unet, cond, solver.karras_sigmas(2), generators, (1.0, 3.0))
     with torch.no_grad():
-        expected = data.contact_sheet(sampler.decode(vae, torch.cat((x0, x0_teacher)))).numpy()
+        expected = media.contact_sheet(sampler.decode(vae, torch.cat((x0, x0_teacher)))).numpy()
     difference = torch.frombuffer(bytearray(sheet(whole[stage], 10, range(0, 8))), dtype=torch.uint8).int() \
         - torch.frombuffer(bytearray(expected[:8 * 34].tobytes()), dtype=torch.uint8).int()
     assert difference.abs().max() <= 1                              # rounding to 8 bits
 
 
 @BOTH
-def test_merged_is_the_teacher_plus_what_trained(whole, teacher, stage):
+def test_merged_is_the_teacher_plus_the_trained_weights(whole, teacher, stage):
     merged = sampler.load_student(whole[stage] / "merged", model.load_unet(teacher)).state_dict()
     assert not [key for key in merged if "lora" in key]
-    student = model.add_lora(model.load_unet(teacher), 4)
+    student = lora.add_lora(model.load_unet(teacher), 4)
     unknown = student.load_state_dict(load_file(whole[stage] / "student.safetensors"), strict=False)
     assert not unknown.unexpected_keys
-    student = model.merge_lora(student).state_dict()
+    student = lora.merge_lora(student).state_dict()
     assert equal(merged, {key: tensor.half().float() for key, tensor in student.items()})
 
-    # The same from what trained alone, which is a fraction of the size.
-    alone = model.load_student(whole[stage] / "student.safetensors", model.load_unet(teacher)).state_dict()
+    # student.safetensors, a fraction of the size, gives the same network.
+    alone = lora.load_student(whole[stage] / "student.safetensors", model.load_unet(teacher)).state_dict()
     assert equal(alone, student)
 
     base = {key: tensor.half().float() for key, tensor in model.load_unet(teacher).state_dict().items()}
     moved = {key for key in base if not torch.equal(base[key], merged[key])}
-    trained = {key for key in base if re.search(rf"\.({model.LORA_TARGETS})\.weight$", key)
+    trained = {key for key in base if re.search(rf"\.({lora.LORA_TARGETS})\.weight$", key)
                or stage == 2 and ".temporal_transformer_blocks." in key}
     assert moved <= trained
-    # Not all: the fp16 file does not show an update of 1e-4 to a weight near 1.
+    # Not all of them: an update of 1e-4 to a weight near 1 is rounded away in the fp16 file.
     assert len(moved) > 0.8 * len(trained)
 
 
@@ -342,11 +343,29 @@ def test_student_and_discriminator_both_move(whole, stage):
     for prefix in ("theta", "psi", "buffer") + ("ema",) * (stage == 2):
         a, b = part_of(before, prefix), part_of(after, prefix)
         assert a.keys() == b.keys() and len(a) > 10
-        # A few may rest: a bias in front of a GroupNorm with one channel per group has no gradient.
+        # Not all of them: a bias before a GroupNorm with one channel per group has no gradient.
         assert sum(not torch.equal(a[key], b[key]) for key in a) > 0.8 * len(a), prefix
 
 
-# Renew: print [round(row[name], 4) for row in rows] below.
+@BOTH
+def test_checkpoint_names(whole, stage):
+    """These names are the file format: runs of earlier versions resume."""
+    tensors = state(whole[stage], 10)
+    assert {name.split(".")[0] for name in tensors} == \
+        {"theta", "psi", "buffer", "count", "opt", "opt_d"} | ({"ema"} if stage == 2 else set())
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for name in (f"theta.{path}.lora_A.weight", "psi.features.to_rgb.weight", "count.skipped", "opt.0.step",
+                 "psi.heads.0.spatial.conv_in.parametrizations.weight.original", "opt_d.0.exp_avg_sq",
+                 "buffer.0.spatial.conv_in.parametrizations.weight.0._u",
+                 *[f"ema.{path}.lora_B.weight"] * (stage == 2)):
+        assert name in tensors, name
+    facts = json.loads((whole[stage] / "checkpoint-0000010" / "state.json").read_text())
+    assert list(facts) == ["step", "config", "tensors"]
+    assert facts["step"] == 10 and facts["tensors"] == len(tensors)
+    assert facts["config"]["world_size"] == 1 and not set(facts["config"]) & set(engine.FREE)
+
+
+# To renew: print [round(row[name], 4) for row in rows] in the test below.
 GOLDEN = {
     1: {"loss_d": [1.9709, 1.9738, 1.8919, 1.9271, 1.7766, 1.7184, 1.9903, 1.8921, 1.7495, 1.7681],
         "loss_huber": [0.347, 0.1977, 0.4412, 0.2015, 0.4136, 0.4089, 0.054, 0.2009, 0.2709, 0.2141],
@@ -359,35 +378,35 @@ GOLDEN = {
 
 @BOTH
 def test_golden_losses(whole, stage):
-    """Guards against change, says nothing about being right. They were made by this code; whoever changes
-    what it computes on purpose prints them anew. 1e-2: other CPUs round differently, ten steps amplify it."""
+    """Losses of this code, as a guard against unintended changes. An intended change renews them. Tolerance
+    1e-2: other CPUs round differently, and ten steps amplify the difference."""
     rows = metrics(whole[stage])
     for name in LOSSES:
         assert [row[name] for row in rows] == pytest.approx(GOLDEN[stage][name], rel=1e-2, abs=1e-4), name
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Interrupted
+# Interrupted runs
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @BOTH
-def test_killed_run_goes_on_bit_for_bit(train, whole, two, stage, processes):
+def test_killed_run_resumes_bit_for_bit(train, whole, two, stage, processes):
     uninterrupted, saved, flags = (whole, 5, "") if processes == 1 else (two, 3, SIX)
     flags = f"{stage1_of(whole, stage)} {flags}"
     run = train(stage, flags, processes=processes, before=partial(die_in, saved + 3)).wait()
     assert run.status == -signal.SIGKILL, run.stderr
     assert len(metrics(run.folder)) == saved + 2 and checkpoints(run.folder) == [saved]
     with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "loss')                             # killed while it wrote a line
-    (run.folder / ".checkpoint-9.part").mkdir()                     # or a checkpoint
+        file.write('{"step": 6, "loss')                             # a line cut off by the kill
+    (run.folder / ".checkpoint-9.part").mkdir()                     # a checkpoint cut off by it
     again = train(stage, flags, run.folder, processes).wait()
     assert again.status == 0 and f"from step {saved}" in again.stdout, again.stderr
     assert_same_run(again.folder, uninterrupted[stage])
     assert not list(run.folder.glob(".checkpoint*"))
 
 
-def test_sigterm_saves_and_exits_well(train, whole):
+def test_sigterm_saves_and_exits_with_status_0(train, whole):
     run = train(1, "--max_train_steps 1000")
     wait_for(run.folder / "metrics.jsonl")
     run.processes[0].terminate()
@@ -409,12 +428,12 @@ def test_sigterm_to_one_of_two_stops_both(train):
     assert checkpoints(run.folder)[-1] == step < 1000
 
 
-def test_torn_checkpoint_is_skipped(train, whole, tmp_path):
+def test_incomplete_checkpoint_is_skipped(train, whole, tmp_path):
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "checkpoint-0000010" / "state.safetensors", 5000)
     run = train(1, folder=tmp_path).wait()
     assert run.status == 0 and "from step 5" in run.stdout
-    assert [line for line in run.stderr.splitlines() if "checkpoint-0000010 is torn and skipped" in line]
+    assert "checkpoint-0000010 is incomplete and skipped" in run.stderr
     assert_same_run(tmp_path, whole[1])
 
 
@@ -431,7 +450,7 @@ def test_starting_over_or_further_back(train, whole, tmp_path, start):
     run = train(1, f"--max_train_steps {start + 2} --resume_from_checkpoint {where}", tmp_path).wait()
     assert run.status == 0 and f"from step {start}" in run.stdout, run.stderr
     assert repeatable(tmp_path) == repeatable(whole[1])[:start + 2]
-    # A later resume must not find the old run's.
+    # A later resume must not find the checkpoints of the old run.
     assert checkpoints(tmp_path) == ([5, 7] if start else [2])
 
 
@@ -452,15 +471,15 @@ def test_gradients_that_stay_non_finite_end_the_run(train):
     assert [row["skipped"] for row in metrics(run.folder)] == [1, 2, 3, 4]
     step, tensors = engine.load_checkpoint(run.folder, "latest", {})
     assert step == 4 and all(tensor.isfinite().all() for tensor in tensors.values())
-    assert not any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)      # never moved
+    assert not any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)      # never updated
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The same batch, split
+# Several processes, micro-batches, plain networks
 
 
 def assert_same_losses(folder, whole, rel=1e-5):
-    """abs: the distance is between tensors of size 1 whose fp32 rounding, 1e-7, does not shrink with it."""
+    """abs=1e-6: loss_huber may be small, but it compares values near 1, which have errors of 1e-7."""
     for row, other in zip(metrics(folder)[:3], metrics(whole)[:3], strict=True):
         for name in LOSSES:
             assert row[name] == pytest.approx(other[name], rel=rel, abs=1e-6), (row["step"], name)
@@ -476,7 +495,7 @@ def test_other_world_size_is_refused(train, two):
 
 
 def test_torchrun_starts_a_killed_run_again(python, teacher, two, tmp_path):
-    """Also one that was told to start over: that held for the first time."""
+    """The restarted run resumes even with --resume_from_checkpoint none, which holds for the first start."""
     (tmp_path / "mortal.py").write_text(f"""
 import os, runpy, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -490,7 +509,7 @@ runpy.run_path("train_stage1.py", run_name="__main__")
                "--max_restarts=1", str(tmp_path / "mortal.py"), "--model", str(teacher),
                "--output_dir", str(out), *FLAGS.split(), *SIX.split(), "--resume_from_checkpoint", "none"]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHON_EXEC": str(python)}, text=True,
-                         capture_output=True)                   # what it starts are forks
+                         capture_output=True)                   # its children are forks, too
     assert run.returncode == 0, run.stderr
     assert re.findall(r"from step (\d)", run.stdout) == ["0", "3"], run.stdout
     assert_same_run(out, two[1])
@@ -502,6 +521,15 @@ def test_gradient_accumulation(train, whole, stage):
     run = train(stage, flags, before=check_routes).wait()
     assert run.status == 0, run.stderr
     assert_same_losses(run.folder, whole[stage])
+
+
+def test_plain_networks_compute_the_same(train, whole, tmp_path):
+    """--plain may change on resume."""
+    run = train(2, f"{stage1_of(whole, 2)} --plain --max_train_steps 3", tmp_path).wait()
+    assert run.status == 0, run.stderr
+    assert_same_losses(tmp_path, whole[2])
+    again = train(2, f"{stage1_of(whole, 2)} --max_train_steps 4", tmp_path).wait()
+    assert again.status == 0 and "from step 3" in again.stdout, again.stderr
 
 
 @BOTH
@@ -516,7 +544,7 @@ def test_gradients_go_where_they_should(train, whole, stage):
 
 
 def test_consistency_distillation_alone(train):
-    """AnimateLCM's settings: no discriminator, one Euler step. And exact: ema <- 0.95 ema + 0.05 theta."""
+    """AnimateLCM's settings: no discriminator, one Euler step. ema <- 0.95 ema + 0.05 theta holds exactly."""
     run = train(2, "--stage1 none --adv_weight 0 --num_solver_steps 1 --train all --max_train_steps 2 "
                    "--checkpointing_steps 1").wait()
     assert run.status == 0, run.stderr
@@ -542,7 +570,7 @@ def test_other_discriminators_train(train, flags):
 
 
 def test_training_on_a_folder_of_videos(train, tmp_path):
-    """Real clips: a bad file is noted once and costs no more than itself; bad files alone end the run."""
+    """A bad file is listed once and skipped. If all files are bad, the run ends with one line."""
     from test_video import at_rate, write
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"not a video")
@@ -558,8 +586,8 @@ def test_training_on_a_folder_of_videos(train, tmp_path):
     assert_refused(train(1, "--preset paper").wait(), "--data")
 
 
-def test_stage_2_goes_on_from_itself_at_another_size(train, whole):
-    """As the paper's second half of it does."""
+def test_stage_2_continues_from_stage_2_at_another_size(train, whole):
+    """The paper trains the second half of stage 2 at a higher resolution."""
     run = train(2, f"--stage1 {whole[2]} --width 64 --height 64 --max_train_steps 1").wait()
     assert run.status == 0, run.stderr
     before, after = (load_file(folder / "student.safetensors") for folder in (whole[2], run.folder))
@@ -587,19 +615,20 @@ def test_help_shows_the_defaults_of_the_preset(train, stage):
             for preset in ("toy_cpu", "toy")}
     for preset, clips, steps in (("toy_cpu", 64, 8), ("toy", 60000 - 20000 * stage, 25)):
         assert f"to train on (default: {clips})" in said[preset], said[preset]
-        assert f"of the teacher there (default: {steps})" in said[preset]
+        assert f"steps on the sheets (default: {steps})" in said[preset]
 
 
 @BOTH
 def test_every_flag_is_read_and_explained(stage):
-    """Those of both stages are defined in engine.py, and some of them read by what the script calls."""
-    source, shared = ((ROOT / name).read_text() for name in (f"train_stage{stage}.py", "engine.py"))
-    for function in (data.open_training_data, engine.resume, engine.start_training):
-        assert function.__name__ in source
-        source += inspect.getsource(function)
+    """Flags of both stages are defined in support/engine.py. Some are read by functions that the script
+    calls."""
+    source, shared = ((ROOT / name).read_text() for name in (f"train_stage{stage}.py", "support/engine.py"))
     own, both = ([node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)
                   and isinstance(node.func, ast.Name) and node.func.id == "flag"]
                  for text in (source, shared))
+    for part in (data, engine.start_training, engine.Run):
+        assert part.__name__ in source
+        source += inspect.getsource(part)
     assert len(own) >= 3 and len(both) > 35
     for call in own + both:
         name = call.args[-1].value.removeprefix("--")
@@ -609,7 +638,20 @@ def test_every_flag_is_read_and_explained(stage):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# engine.py
+# support/engine.py
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (checkpoint.ModelError("no such file"), 2, "no such file; try again"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory; buy more"),
+    (KeyboardInterrupt(), 130, "")])
+def test_errors_end_in_one_line(capsys, error, status, line):
+    @engine.exit_on_error("; try again", memory_hint="buy more")
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == status and capsys.readouterr().err.strip().endswith(line)
 
 
 def test_noise_belongs_to_the_clip():
@@ -623,25 +665,25 @@ def test_noise_belongs_to_the_clip():
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02           # 6 standard errors of 100,000
 
 
-def test_swapped_gives_back_even_after_an_error():
+def test_use_weights_ends_even_after_an_error():
     net = torch.nn.Linear(2, 2)
-    own, lent = net.weight.detach().clone(), torch.zeros(2, 2)
-    with pytest.raises(ZeroDivisionError), engine.swapped({"weight": net.weight}, {"weight": lent}):
-        assert torch.equal(net.weight, lent)
+    own, other = net.weight.detach().clone(), torch.zeros(2, 2)
+    with pytest.raises(ZeroDivisionError), engine.use_weights({"weight": net.weight}, {"weight": other}):
+        assert torch.equal(net.weight, other)
         raise ZeroDivisionError
-    assert torch.equal(net.weight, own) and not lent.any()
+    assert torch.equal(net.weight, own) and not other.any()
 
 
-def test_masters_gather_updates_that_bf16_rounds_away():
+def test_masters_keep_updates_that_bf16_rounds_away():
     net = torch.nn.Linear(1, 1, bias=False).bfloat16()
     net.weight.data.fill_(1.0)
-    weights = engine.Weights(net, ["weight"])
-    for _ in range(100):                                        # bf16 knows nothing between 1 and 1 - 2^-8
+    weights = engine.MasterWeights(net, ["weight"])
+    for _ in range(100):                                        # bf16 has no number between 1 and 1 - 2^-8
         net(torch.ones(1, 1).bfloat16()).sum().backward()
-        weights.pull()
+        weights.grads_to_masters()
         with torch.no_grad():
             weights.masters["weight"] -= 1e-3 * weights.masters["weight"].grad
-        weights.push()
+        weights.copy_to_net()
     assert weights.masters["weight"].item() == pytest.approx(0.9, abs=1e-5)
     assert net.weight.dtype == torch.bfloat16 and net.weight.item() == pytest.approx(0.9, abs=2 ** -8)
     assert net.weight.grad is None
@@ -657,21 +699,21 @@ def give_gradients(parameters, scale=1.0):
         p.grad = scale * torch.linspace(-1, 2 + i, p.numel()).view_as(p)
 
 
-@pytest.mark.parametrize("scale", [0.01, 10.0])                 # below and above the norm that clips
+@pytest.mark.parametrize("scale", [0.01, 10.0])                 # below and above the norm of 1
 def test_finite_step_clips_as_torch_does(scale):
     ours, theirs = two_parameters(), two_parameters()
     give_gradients(ours, scale), give_gradients(theirs, scale)
     norm, stepped = engine.finite_step(torch.optim.SGD(ours, lr=0.1), ours, 1.0)
     expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
     torch.optim.SGD(theirs, lr=0.1).step()
-    assert stepped and norm == pytest.approx(expected.item(), rel=1e-6)     # the sum's order
+    assert stepped and norm == pytest.approx(expected.item(), rel=1e-6)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         assert a.grad is None
 
 
 def test_finite_step_keeps_the_memory_format():
-    """Weights of convolutions are channels-last on a GPU; fused Adam wants gradients that lie as they do."""
+    """Weights of convolutions are channels-last on a GPU. Fused Adam needs gradients in the same format."""
     weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
     grad, results = torch.randn_like(weight), []
     for fused in (False, True):
@@ -683,11 +725,29 @@ def test_finite_step_keeps_the_memory_format():
     torch.testing.assert_close(*results)
 
 
+def test_restore_keeps_the_memory_format(tmp_path):
+    """Fused Adam also needs its moments in the weight's format, but files hold contiguous tensors."""
+    grads, results = torch.randn(2, 4, 3, 3, 3), []
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    for resumed in (False, True):
+        p = torch.nn.Parameter(weight.clone())
+        optimizer = torch.optim.Adam([p], fused=True)
+        for i, grad in enumerate(grads):
+            if i and resumed:
+                tensors = engine.collect({}, {"opt": optimizer})
+                checkpoint.write_safetensors(tmp_path / "a.safetensors", tensors)
+                engine.restore({}, {"opt": optimizer}, load_file(tmp_path / "a.safetensors"))
+            p.grad = grad.to(memory_format=torch.channels_last)
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_recorded_steps_are_the_same_steps(checkpointed):
-    """Two players as in the scripts: one forward pass for both, and only who moves has gradients. Activations
-    are checkpointed as in model.UNetBlock.layer."""
+    """Two networks as in the scripts: one forward pass serves both steps, and only the network that a step
+    trains has gradients. Activations are checkpointed as in the UNet."""
     def play(record):
         torch.manual_seed(0)
         net, disc = torch.nn.Linear(4, 4).cuda(), torch.nn.Linear(4, 1).cuda()
@@ -695,8 +755,11 @@ def test_recorded_steps_are_the_same_steps(checkpointed):
 
         def d_step(x, nothing):
             calls.append("d")
-            y = checkpoint(net, x.detach().requires_grad_(), use_reentrant=True,
-                           preserve_rng_state=False) if checkpointed else net(x)
+            if checkpointed:
+                y = torch_checkpoint.checkpoint(net, x.detach().requires_grad_(), use_reentrant=True,
+                                                preserve_rng_state=False)
+            else:
+                y = net(x)
             loss = disc(y.detach()).square().mean() - x.mean()
             loss.backward()
             return y, loss.detach()
@@ -724,7 +787,8 @@ def test_recorded_steps_are_the_same_steps(checkpointed):
 
     stream = torch.cuda.current_stream()
     try:
-        (plain, all_calls), (recorded, calls) = play(engine.recorder(False)), play(engine.recorder(True))
+        plain, all_calls = play(lambda function, parameters: function)
+        recorded, calls = play(engine.cuda_graph)
     finally:
         torch.cuda.set_stream(stream)
     assert recorded == plain and len(set(plain)) == 16 and (all_calls, calls) == (16, 8)
@@ -736,14 +800,14 @@ def test_finite_step_refuses(bad):
     optimizer = torch.optim.Adam(parameters)
     give_gradients(parameters)
     engine.finite_step(optimizer, parameters, 1.0)
-    weights, moments = [p.detach().clone() for p in parameters], engine.pack(optimizer, "opt")
+    weights, moments = [p.detach().clone() for p in parameters], engine.collect({}, {"opt": optimizer})
     moments = {key: value.clone() for key, value in moments.items()}
     give_gradients(parameters)
     parameters[1].grad[2] = bad
     _, stepped = engine.finite_step(optimizer, parameters, 1.0)
     assert not stepped and all(p.grad is None for p in parameters)
     assert all(torch.equal(a, b) for a, b in zip(weights, parameters))
-    assert equal(moments, engine.pack(optimizer, "opt"))
+    assert equal(moments, engine.collect({}, {"opt": optimizer}))
 
 
 def test_optimizer_on_and_off_the_disk(tmp_path):
@@ -751,9 +815,10 @@ def test_optimizer_on_and_off_the_disk(tmp_path):
     a, b = torch.optim.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)
     give_gradients(ours)
     engine.finite_step(a, ours, 1.0)
-    model.write_safetensors(tmp_path / "a.safetensors", engine.pack(a, "opt"))
-    engine.unpack(b, "opt", load_file(tmp_path / "a.safetensors"))
-    assert len(engine.pack(b, "opt")) == 6 and equal(engine.pack(a, "opt"), engine.pack(b, "opt"))
+    saved = engine.collect({}, {"opt": a})
+    checkpoint.write_safetensors(tmp_path / "a.safetensors", saved)
+    engine.restore({}, {"opt": b}, load_file(tmp_path / "a.safetensors"))
+    assert len(saved) == 6 and equal(saved, engine.collect({}, {"opt": b}))
     for p, q in zip(ours, theirs):
         q.data.copy_(p)
     for optimizer, parameters in ((a, ours), (b, theirs)):
@@ -765,18 +830,18 @@ def test_optimizer_on_and_off_the_disk(tmp_path):
 @pytest.mark.parametrize("decay_steps, expected", [
     (None, [2, 4, 6, 8, 8, 8, 8]), (4, [2, 3.414, 3, 1.172, 0, 0, 0])])
 def test_learning_rate_schedule(decay_steps, expected):
-    """Warm-up alone, and times half a cosine: 1, 0.854, 0.5, 0.146 and 0 after quarters of the steps."""
+    """Warm-up alone, and multiplied by half a cosine: 1, 0.854, 0.5, 0.146 and 0 at quarters of the steps."""
     optimizer = torch.optim.SGD(two_parameters(), lr=1.0)
     rates = []
     for step in range(7):
-        engine.schedule(optimizer, 8.0, step, 4, decay_steps)
+        engine.set_learning_rate(optimizer, 8.0, step, 4, decay_steps)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(expected, abs=1e-3)
 
 
 def test_checkpoints_keep_the_last(tmp_path, capsys):
     config = {"lr": 0.1}
-    assert engine.load_checkpoint(tmp_path, "latest", config) is None
+    assert engine.load_checkpoint(tmp_path, "latest", config) == (0, {})
     for step in (3, 6, 9, 12):
         engine.save_checkpoint(tmp_path, step, {"x": torch.full((2,), step)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 9, 12]
@@ -784,19 +849,19 @@ def test_checkpoints_keep_the_last(tmp_path, capsys):
     assert step == 12 and tensors["x"].tolist() == [12, 12]
     (tmp_path / "checkpoint-0000012" / "state.json").unlink()
     assert engine.load_checkpoint(tmp_path, "latest", config)[0] == 9
-    assert "checkpoint-0000012 is torn and skipped" in capsys.readouterr().err
+    assert "checkpoint-0000012 is incomplete and skipped" in capsys.readouterr().err
     assert engine.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), config)[0] == 6
-    with pytest.raises(model.ModelError, match="not a whole checkpoint"):
+    with pytest.raises(checkpoint.ModelError, match="not a complete checkpoint"):
         engine.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000012"), config)
-    with pytest.raises(model.ModelError, match="lr was 0.1, is 0.2"):
+    with pytest.raises(checkpoint.ModelError, match="lr was 0.1, is 0.2"):
         engine.load_checkpoint(tmp_path, "latest", {"lr": 0.2})
-    assert engine.load_checkpoint(tmp_path, "none", config) is None
+    assert engine.load_checkpoint(tmp_path, "none", config) == (0, {})
     engine.rewind(tmp_path, 6)
     engine.save_checkpoint(tmp_path, 7, {"x": torch.zeros(2)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 7]
 
 
-def test_rewind_leaves_what_is_not_its_own(tmp_path):
+def test_rewind_keeps_other_files(tmp_path):
     for name in ("checkpoint-0000004", "checkpoint-0000005", "checkpoint-0000012", ".checkpoint-5.part",
                  "checkpoint-best", "merged"):
         (tmp_path / name).mkdir()
@@ -810,12 +875,12 @@ def test_restarted_by_torchrun(tmp_path):
     path, here = tmp_path / "elsewhere" / "checkpoint-0000003", tmp_path / "here"
     here.mkdir()
     load = lambda which: engine.load_checkpoint(here, which, {}, restarted=True)
-    assert load("none") is None and load(str(path))[0] == 3                         # nothing saved yet
+    assert load("none") == (0, {}) and load(str(path))[0] == 3                         # nothing saved here
     engine.save_checkpoint(here, 5, {"x": torch.zeros(2)}, {}, keep=3)
     assert load("none")[0] == load(str(path))[0] == 5
 
 
-def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     events, flush, replace = [], os.fsync, os.replace
     name = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(name(handle)), flush(handle)))
@@ -823,14 +888,3 @@ def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     engine.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=3)
     assert events == ["-> state.safetensors", "-> state.json", "state.safetensors", "state.json",
                       ".checkpoint-3.part", "-> checkpoint-0000003", tmp_path.name]
-
-
-def test_plot(whole, tmp_path, monkeypatch):
-    engine.plot(whole[1] / "metrics.jsonl", tmp_path / "plot.png")
-    with Image.open(tmp_path / "plot.png") as sheet:
-        assert sheet.size == (3 * 360, 4 * 200) and len(set(sheet.get_flattened_data())) > 3    # 11 panels
-    monkeypatch.setattr(sys, "argv", ["engine.py"])
-    said = io.StringIO()
-    with redirect_stderr(said), pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(ROOT / "engine.py"), run_name="__main__")
-    assert len(said.getvalue().splitlines()) == 1 and "usage" in said.getvalue()

@@ -1,4 +1,4 @@
-"""Real videos, made here with PyAV: the right frame at the right time; a bad file costs itself and no more.
+"""Videos (data.py, support/decode.py): clips have the right frames, bad files are skipped, encoding resumes.
 
 A frame tells its number by its grey level, so that a test sees which frames a clip is made of.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,9 +21,9 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-import decode
-import engine
 import model
+from support import checkpoint, decode, engine
+from support.checkpoint import ModelError
 
 W, H, N, FPS = 64, 48, 14, 7
 
@@ -37,8 +38,8 @@ def grey(i, size=(W, H)):
 
 def write(path, times, codec="libx264", pix_fmt="yuv420p", size=(W, H), paint=grey, gop=12, options=None,
           **settings):
-    """A video of frames paint(i) at `times` in seconds. bitexact: a Matroska file has random identifiers, one
-    byte shorter now and then."""
+    """Writes a video of frames paint(i) at `times` in seconds. bitexact: otherwise a Matroska file contains
+    random identifiers, whose length varies."""
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
@@ -66,7 +67,7 @@ def read(path, start=0.0, num_frames=N, width=W, height=H, fps=FPS):
 
 
 def expected(times, begin, num_frames=N, fps=FPS):
-    """The frame that a player shows: the last one presented until then."""
+    """The levels of the frames that a player shows: at each time, the last frame presented until then."""
     moments = [begin + i / fps + decode.TOLERANCE for i in range(num_frames)]
     return [level(max(i for i, time in enumerate(times) if time <= moment)) for moment in moments]
 
@@ -80,7 +81,7 @@ def assert_shows(path, times, tolerance=4):
         assert (facts["start"] > 0) == (start > 0)
 
 
-# ---- the right frame at the right time ------------------------------------------------------------------
+# ---- Frame rates and seeking ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [7, 24, Fraction(30000, 1001), 60])
@@ -116,7 +117,7 @@ def test_the_first_frame_need_not_be_at_zero(tmp_path):
 
 
 def test_clips_that_are_just_long_enough(tmp_path):
-    """What `sampler.py` and others write: 14 frames, the last of which need not say how long it lasts."""
+    """14 frames, as sampler.py writes them. The last frame may have no duration."""
     for name in ("a.mp4", "a.mkv", "a.webm"):
         times = at_rate(7, 2.0)
         path = write(tmp_path / name, times, "libvpx-vp9" if "webm" in name else "libx264")
@@ -126,7 +127,7 @@ def test_clips_that_are_just_long_enough(tmp_path):
 
 
 def test_key_frames_that_are_no_clean_start(tmp_path):
-    """Open groups of pictures, of which a decoder cannot show the first frames: it has to begin earlier."""
+    """In open groups of pictures the first frames depend on earlier ones: decoding has to begin earlier."""
     times = at_rate(30, 8.0)
     options = {"x265-params": "open-gop=1:log-level=none"}
     path = write(tmp_path / "a.mp4", times, "libx265", gop=15, options=options)
@@ -149,7 +150,7 @@ def test_only_what_the_clip_needs_is_decoded(tmp_path, monkeypatch):
         assert facts["start"] - 0.5 <= decoded[0] <= facts["start"] + 0.002
 
 
-# ---- what a picture looks like --------------------------------------------------------------------------
+# ---- Rotation, size, colour ------------------------------------------------------------------------------
 
 
 def corners(size):
@@ -171,7 +172,7 @@ def colours(picture):
 def rotated(path, degrees):
     """Writes the display matrix into the track header of an mp4."""
     content = bytearray(Path(path).read_bytes())
-    start = content.index(b"tkhd") + 4 + 40                         # the matrix is behind version, flags, ..
+    start = content.index(b"tkhd") + 4 + 40                         # the matrix follows version, flags, ..
     cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
     matrix = [cos, sin, 0, -sin, cos, 0, 0, 0, 0x4000]
     content[start:start + 36] = struct.pack(">9i", *(value * 0x10000 for value in matrix))
@@ -212,11 +213,11 @@ def test_resizing_is_antialiased(tmp_path):
     fine = np.repeat(board.astype(np.uint8)[..., None], 3, 2)
     path = write(tmp_path / "a.mkv", at_rate(7), "ffv1", "yuv444p", size=(512, 384), paint=lambda i: fine)
     frames, _ = read(path)
-    assert np.abs(frames.astype(int) - 127).max() <= 12             # grey, not what happens to be hit
+    assert np.abs(frames.astype(int) - 127).max() <= 12             # the mean, not single pixels
 
 
 def test_hd_colours_without_a_label(tmp_path):
-    """Nobody says which matrix: HD is BT.709, as every player assumes."""
+    """HD video without a colour space is in BT.709, as players assume."""
     colour = np.empty((720, 1280, 3), np.uint8)
     colour[:] = (40, 180, 60)
     path = str(tmp_path / "a.mp4")
@@ -236,7 +237,7 @@ def test_hd_colours_without_a_label(tmp_path):
 
 
 def test_interlaced_frames_show_one_moment(tmp_path):
-    """Odd lines are of a later moment: shown together they are combs."""
+    """Odd lines are of a later time. Shown together with the even lines, moving edges look like combs."""
     def two_moments(i):
         image = np.full((96, 128, 3), 30, np.uint8)
         image[::2, 40:60] = image[1::2, 70:90] = 220                # the bar has moved in between
@@ -250,7 +251,7 @@ def test_interlaced_frames_show_one_moment(tmp_path):
     assert bar[:, 44:56].mean() > 150 and bar[:, 74:86].mean() < 80
 
 
-# ---- what is wrong with a file, and what it costs --------------------------------------------------------
+# ---- Bad files -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def good_video(tmp_path_factory):
 
 
 def bad_files(folder, good):
-    """Files that cannot be used, and a word of the reason of each."""
+    """Writes files that cannot be used -> {name: part of the reason}."""
     content = good.read_bytes()
     for name, damaged in (("empty", b""), ("text", b"not a video\n" * 99),
                           ("half", content[:len(content) // 2]),
@@ -287,7 +288,7 @@ def test_reasons(tmp_path, good_video):
 
 
 def test_frames_of_absurd_size(tmp_path, monkeypatch):
-    for size in ((640, 480), (8, 320)):                             # the second one when it covers 64x48
+    for size in ((640, 480), (8, 320)):                             # the second after resizing to cover 64x48
         paint = lambda i, size=size: grey(i, size)
         path = write(tmp_path / "a.mkv", at_rate(7, 2.5), "ffv1", size=size, paint=paint)
         monkeypatch.setattr(decode, "MAX_PIXELS", 640 * 480)
@@ -298,12 +299,12 @@ def test_frames_of_absurd_size(tmp_path, monkeypatch):
 
 
 def test_damage_never_shows(tmp_path):
-    """Cut at every tenth, bytes flipped at random: the frames are right, or there are none."""
+    """Files cut at every tenth, or with random bits flipped: clips have the right frames or are refused."""
     noise = np.random.default_rng(1)
-    texture = noise.integers(0, 16, (H, W, 1)).astype(np.uint8)     # so that there is something to damage
+    texture = noise.integers(0, 16, (H, W, 1)).astype(np.uint8)     # data that can be damaged
     times = at_rate(24)
     path = Path(write(tmp_path / "good.mkv", times, paint=lambda i: np.clip(grey(i) + texture, 0, 255),
-                      options={"crf": "4"}, thread_count=1))        # with more, now and then another file
+                      options={"crf": "4"}, thread_count=1))        # with more threads, the file varies
     content, whole = path.read_bytes(), 0
     damaged = [content[:len(content) * i // 10] for i in range(10)]
     for _ in range(30):
@@ -319,7 +320,7 @@ def test_damage_never_shows(tmp_path):
             continue
         whole += 1
         middle = frames[:, H // 2 - 8:H // 2 + 8, W // 2 - 8:W // 2 + 8].mean((1, 2, 3)) - texture.mean()
-        # A flipped bit that no decoder notices may spoil pixels until the next key frame, but not the time.
+        # A flipped bit that the decoder does not notice may change pixels until the next key frame.
         wrong = sum(abs(a - b) > 6 for a, b in zip(middle, expected(times, facts["start"])))
         assert wrong <= 8 * (i >= 10), (i, middle, expected(times, facts["start"]))
     assert 5 < whole < len(damaged)
@@ -327,12 +328,12 @@ def test_damage_never_shows(tmp_path):
 
 @pytest.fixture
 def fragile(tmp_path, monkeypatch):
-    """A decoder that some files do terrible things to, as some real files do. -> what it was asked for"""
+    """A decoder that some files crash or hang, as some real files do -> function that lists its requests."""
     script, asked = tmp_path / "fragile.py", tmp_path / "asked"
     script.write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import decode
+from support import decode
 decode.TIMEOUT, original = 1, decode.read_clip
 def read_clip(path, start, **shape):
     with open({str(asked)!r}, "a") as file:
@@ -370,11 +371,11 @@ def test_a_file_that_kills_its_decoder_costs_that_file(tmp_path, good_video, fra
     assert len(found) == 3, found                                   # each once
     assert "SIGSEGV" in reasons["crash"] and "too long" in reasons["hang"]
     assert "MemoryError" in reasons["memory"]
-    # What it was killed for was not this file's fault: the same clip as if nothing had happened.
+    # The first decoder of this file was killed for another reason: the clip is the same as without the kill.
     number = next(i for i in range(7) if "unlucky" in clips.clip(i)[1]["path"])
-    start = data.uniforms(0, torch.tensor([number]), 21, 2)[0, 0].item()
+    start = engine.uniforms(0, torch.tensor([number]), 21, 2)[0, 0].item()
     assert torch.equal(clips.clip(number)[0], torch.from_numpy(read(good_video, start)[0].copy()))
-    # What is bad in its middle is good at its beginning.
+    # If the middle of a file cannot be decoded, the clip is its beginning.
     number = next(i for i in range(7) if "middle" in clips.clip(i)[1]["path"])
     assert clips.clip(number)[1]["start"] == 0
     # Known bad files are not opened again.
@@ -390,7 +391,7 @@ def test_a_killed_decoder_is_replaced(tmp_path, good_video):
     os.link(good_video, tmp_path / "a.mp4")
     clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=1)
     first, _ = clips.clip(0)
-    clips.local.process.send_signal(signal.SIGKILL)                 # by whoever runs out of memory
+    clips.local.process.send_signal(signal.SIGKILL)                 # as the kernel does when memory runs out
     second, _ = clips.clip(0)
     assert torch.equal(first, second) and not clips.bad
 
@@ -418,7 +419,7 @@ def test_bad_files_are_replaced_and_noted_once(tmp_path, good_video, capfd):
 def test_nothing_but_bad_files_ends_with_a_sentence(tmp_path, good_video):
     bad_files(tmp_path, good_video)
     clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=2)
-    with pytest.raises(data.DataError, match="none of 9 videos is good.*python data.py check"):
+    with pytest.raises(ModelError, match="none of 9 videos is good.*python data.py check"):
         clips.take(torch.arange(2))
 
 
@@ -426,17 +427,17 @@ def test_a_decoder_that_does_not_start_blames_no_file(tmp_path, good_video, monk
     os.link(good_video, tmp_path / "a.mp4")
     monkeypatch.setattr(data, "DECODER", [sys.executable, "-c", "raise SystemExit(1)"])
     clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=1, skip_list=tmp_path / "skipped.jsonl")
-    with pytest.raises(data.DataError, match="is PyAV installed"):
+    with pytest.raises(ModelError, match="is PyAV installed"):
         clips.take(torch.arange(1))
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
-# ---- order ----------------------------------------------------------------------------------------------
+# ---- Order ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seven videos, told apart by their first level."""
+    """Seven videos whose levels differ."""
     folder = tmp_path_factory.mktemp("seven")
     for k in range(7):
         paint = lambda i, k=k: np.full((H, W, 3), 30 * k + i, np.uint8)
@@ -448,7 +449,7 @@ def test_order_is_a_function_of_seed_and_number(folder):
     files = data.open_files(folder)
     whole = data.Clips(files, 3, N, W, H, workers=2).take(torch.arange(16))
     for rank in range(2):                                           # of two processes, resumed at 8
-        mine = data.Clips(files, 3, N, W, H, workers=1, share=4, batch_size=8)
+        mine = data.Clips(files, 3, N, W, H, workers=1, clips_per_rank=4, batch_size=8)
         first = 8 + 4 * rank
         for part in torch.arange(first, first + 4).split(2):
             assert torch.equal(mine.take(part), whole[part])
@@ -463,9 +464,9 @@ def test_each_file_once_per_epoch():
 
 
 def test_what_comes_next_is_decoded_ahead(folder):
-    clips = data.Clips(data.open_files(folder), 0, N, W, H, workers=2, share=2, batch_size=6)
+    clips = data.Clips(data.open_files(folder), 0, N, W, H, workers=2, clips_per_rank=2, batch_size=6)
     clips.take(torch.tensor([2, 3]))
-    assert sorted(clips.pending) == [8, 9, 14, 15]                  # what this process of three will ask for
+    assert sorted(clips.pending) == [8, 9, 14, 15]                  # the next clips of rank 1 of 3
 
 
 def test_flip(tmp_path):
@@ -473,11 +474,11 @@ def test_flip(tmp_path):
     clips = data.Clips(data.open_files(tmp_path), 0, N, W, H, workers=1, flip=True)
     seen = [colours(clips.clip(number)[0][0].numpy()) for number in range(12)]
     assert set(seen) == {"rgbw", "grwb"} and seen == [colours(clips.clip(i)[0][9].numpy()) for i in range(12)]
-    mirrored = (data.uniforms(0, torch.arange(1000), 21, 2)[:, 1] < 0.5).float().mean()
+    mirrored = (engine.uniforms(0, torch.arange(1000), 21, 2)[:, 1] < 0.5).float().mean()
     assert 0.45 < mirrored < 0.55
 
 
-# ---- lists ----------------------------------------------------------------------------------------------
+# ---- Lists ----------------------------------------------------------------------------------------------
 
 OPENVID = ("video", "caption", "aesthetic score", "motion score", "temporal consistency score",
            "camera motion", "frame", "fps", "seconds")
@@ -494,26 +495,24 @@ def openvid(file, rows):
 
 
 def test_openvid(tmp_path):
-    """The CSV beside a flat folder video/, with filters on its own columns."""
+    """OpenVid-1M's layout: a CSV beside a folder video/, with limits on the CSV's columns."""
     (tmp_path / "video").mkdir()
     file = openvid(tmp_path / "OpenVid-1M.csv", 200)
     files = data.open_files(file)
     assert len(files) == 200 and files[199] == str(tmp_path / "video" / "clip_199.mp4")
     some = data.open_files(file, [("motion score", 2, 5), ("seconds", "3", "inf"), ("aesthetic score", 5, 9)])
     wanted = [i for i in range(200) if 2 <= i % 10 <= 5 and i % 7 >= 3 and i % 3 >= 1]
-    assert [some[k] for k in range(len(some))] == [str(tmp_path / "video" / f"clip_{i}.mp4") for i in wanted]
+    assert some == [str(tmp_path / "video" / f"clip_{i}.mp4") for i in wanted]
 
 
 def test_lists_of_paths(tmp_path):
     (tmp_path / "a.csv").write_text("\ufeffpath,seconds\nx/1.mp4,5\n/abs/2.mp4,\n3.mp4\n\n4.mp4,7\n")
-    files = data.open_files(tmp_path / "a.csv")
-    assert [files[i] for i in range(4)] == [str(tmp_path / "x/1.mp4"), "/abs/2.mp4", *(
-        str(tmp_path / f"{k}.mp4") for k in (3, 4))]
+    assert data.open_files(tmp_path / "a.csv") == [
+        str(tmp_path / "x/1.mp4"), "/abs/2.mp4", str(tmp_path / "3.mp4"), str(tmp_path / "4.mp4")]
     assert len(data.open_files(tmp_path / "a.csv", [("seconds", 0, "inf")])) == 2       # no empty fields
     odd = 'a "b",\u00e9\n.mp4'
     (tmp_path / "b.jsonl").write_text(json.dumps({"file": odd, "n": 1}) + '\n\n{"n": 2}\n')
-    files = data.open_files(tmp_path / "b.jsonl")
-    assert len(files) == 1 and files[0] == str(tmp_path / odd)
+    assert data.open_files(tmp_path / "b.jsonl") == [str(tmp_path / odd)]
 
 
 @pytest.mark.parametrize("name, text, where, message", [
@@ -526,12 +525,12 @@ def test_lists_of_paths(tmp_path):
     ("a.jsonl", '{"path": "x"}\n{"path"', (), "cannot be read"), ("a.txt", "x.mp4\n", (), "nor a folder")])
 def test_lists_that_are_none(tmp_path, name, text, where, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(ModelError, match=message):
         data.open_files(tmp_path / name, where)
 
 
 def test_a_million_rows(tmp_path):
-    """In seconds, and in memory a few bytes per row."""
+    """A list of a million rows opens in seconds. Its paths stay in memory, the rest of the rows does not."""
     row = 'clip_%d.mp4,"a caption, of some length, about this and that",5.1,4.2,0.99,static,100,24.0,4.1\n'
     with open(tmp_path / "a.csv", "w") as file:
         file.write(",".join(OPENVID) + "\n")
@@ -547,10 +546,10 @@ print(len(files), files[order[5]].endswith(f"clip_{{order[5]}}.mp4"), opened,
     output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     print(output)                                   # processor seconds to open it, then kilobytes
     count, right, seconds, kilobytes = output.split()
-    assert (count, right) == ("1000000", "True") and float(seconds) < 15 and int(kilobytes) < 64 * 1024
+    assert (count, right) == ("1000000", "True") and float(seconds) < 15 and int(kilobytes) < 160 * 1024
 
 
-# ---- latents and shards ---------------------------------------------------------------------------------
+# ---- Latents and shards ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -558,8 +557,15 @@ def nets(pipeline_folder):
     return model.load_vae(pipeline_folder), model.load_image_encoder(pipeline_folder)
 
 
+def flags(folder, **others):
+    """The flags that data.open_data reads."""
+    defaults = dict(data=folder, where=(), seed=0, num_frames=4, width=W, height=H, fps=FPS, flip=False,
+                    workers=1, motion_bucket_id=None)
+    return SimpleNamespace(**defaults | others)
+
+
 def test_latents_of_videos(folder, nets):
-    latents = data.open_data(folder, *nets, 0, 4, W, H, workers=2)
+    latents = data.open_data(flags(folder, workers=2), *nets)
     x0, cond = latents.take(torch.arange(3))
     assert x0.shape == (3, 4, 4, H // 8, W // 8) and x0.dtype == torch.float32
     assert cond.image_embeds.shape == (3, 1, 24) and cond.image_latents.shape == x0.shape
@@ -572,13 +578,30 @@ def test_latents_of_videos(folder, nets):
     torch.testing.assert_close(x0[2], wanted, rtol=1e-2, atol=1e-2)
 
 
+def test_default_size_of_training_clips(tmp_path, monkeypatch):
+    """Without --width and --height, clips have the size that the UNet was trained for: SVD's is 1024x576."""
+    sizes = []
+
+    def open_data(args, *nets, **options):
+        sizes.append((args.width, args.height))
+        return SimpleNamespace(take=lambda numbers: None)
+    monkeypatch.setattr(data, "open_data", open_data)
+    args = {"output_dir": tmp_path, "seed": 0, "batch_size": 1, "height": None}
+    for sample_size, width in ((96, None), (16, None), (96, 512)):
+        unet = SimpleNamespace(config={"sample_size": sample_size, "num_frames": 14})
+        data.open_training_data(SimpleNamespace(**args, width=width), None, None, unet, 1, 0)
+    assert sizes[::2] == sizes[1::2] == [(1024, 576), (128, 128), (512, 576)]       # training, validation
+
+
 def test_motion_bucket(tmp_path, nets):
     for name, step in (("still", 0), ("slow", 1), ("fast", 9)):
         (tmp_path / name).mkdir()
         paint = lambda i, step=step: np.full((H, W, 3), 60 + step * i, np.uint8)
         write(tmp_path / name / "a.mp4", at_rate(7), paint=paint)
-    bucket = lambda name, **how: data.open_data(tmp_path / name, *nets, 0, N, W, H, workers=1, **how).take(
-        torch.arange(1))[1].time_ids[0, 1].item()
+
+    def bucket(name, **others):
+        latents = data.open_data(flags(tmp_path / name, num_frames=N, **others), *nets)
+        return latents.take(torch.arange(1))[1].time_ids[0, 1].item()
     still, slow, fast = map(bucket, ("still", "slow", "fast"))
     assert still == 1 and 10 < slow < 40
     assert fast == pytest.approx(255 - 254 * np.exp(-9 / 127.5 / data.MOTION_SCALE), abs=3)
@@ -605,11 +628,11 @@ def test_encode_resumes_and_notices_damage(tmp_path, folder, nets, pipeline_fold
             file.with_name(f".{file.name}.part").write_bytes(b"half")
             raise Killed
         write_safetensors(file, tensors, metadata)
-    write_safetensors = model.write_safetensors
+    write_safetensors = checkpoint.write_safetensors
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(model, "write_safetensors", dies_at_the_third)
+        patch.setattr(data, "write_safetensors", dies_at_the_third)
         run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how)
-    with pytest.raises(model.ModelError):
+    with pytest.raises(checkpoint.ModelError):
         data.ShardLatents(tmp_path / "parts", 0, "cpu")             # unfinished
     kept = tmp_path / "parts" / "shard-000000.safetensors"
     before = kept.stat().st_mtime_ns
@@ -620,17 +643,17 @@ def test_encode_resumes_and_notices_damage(tmp_path, folder, nets, pipeline_fold
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
 
-    # The trainers' view: each clip once per epoch, the same as encoded on the fly.
-    shards = data.open_data(tmp_path / "whole", *nets, 9, 4, W, H)
-    videos = data.open_data(folder, *nets, 0, 4, W, H, workers=1)
+    # Read by a trainer: each clip once per epoch, equal to the clip encoded in the step.
+    shards = data.open_data(flags(tmp_path / "whole", seed=9), *nets)
+    videos = data.open_data(flags(folder), *nets)
     x0, cond = shards.take(torch.arange(7))
     wanted, wanted_cond = videos.take(data.shuffled(9, 0, 7))
     assert torch.equal(x0, wanted) and all(map(torch.equal, cond, wanted_cond))
     assert not torch.equal(shards.take(torch.arange(7, 14))[0], x0)
-    with pytest.raises(data.DataError, match="not .5, 64, 48"):
-        data.open_data(tmp_path / "whole", *nets, 9, 5, W, H)
+    with pytest.raises(ModelError, match="not .5, 64, 48"):
+        data.open_data(flags(tmp_path / "whole", num_frames=5), *nets)
 
-    # Other settings do not mix, damage is found.
+    # Other settings are refused, damage is found.
     with pytest.raises(SystemExit) as problem:
         run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how, "--seed", 1)
     assert problem.value.code == 2
@@ -644,31 +667,31 @@ def test_encode_resumes_and_notices_damage(tmp_path, folder, nets, pipeline_fold
     error = capsys.readouterr().err.strip().splitlines()
     assert problem.value.code == 2 and "shard-000000.safetensors: damaged" in error[-1]
     kept.unlink()
-    with pytest.raises(model.ModelError, match="shard-000000"):
+    with pytest.raises(checkpoint.ModelError, match="shard-000000"):
         data.ShardLatents(tmp_path / "parts", 0, "cpu")
     run(monkeypatch, "encode", folder, "--out", tmp_path / "parts", *how)
     assert kept.read_bytes() == (tmp_path / "whole" / kept.name).read_bytes()
     index = tmp_path / "parts" / "index.json"
     index.write_text(index.read_text().replace('"num_clips": 7', '"num_clips": 8'))
-    with pytest.raises(data.DataError, match="checksum"):
+    with pytest.raises(ModelError, match="checksum"):
         data.ShardLatents(tmp_path / "parts", 0, "cpu")
 
 
 def test_encode_on_two_processes(tmp_path, folder, pipeline_folder, monkeypatch):
     how = ["encode", folder, "--model", pipeline_folder, "--shard_size", 2, "--num_clips", 7, *SIZE]
     run(monkeypatch, *how, "--out", tmp_path / "one")
-    for rank in (1, 0):                                             # they do not talk to each other
+    for rank in (1, 0):                                             # the processes do not communicate
         assert not (tmp_path / "two" / "index.json").exists()
         world = engine.World(rank, 2, torch.device("cpu"))
         monkeypatch.setattr(engine, "start_world", lambda world=world: world)
         run(monkeypatch, *how, "--out", tmp_path / "two")
     for file in (tmp_path / "one").glob("shard-*"):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-    index, other = (model.read_json(tmp_path / name / "index.json") for name in ("one", "two"))
+    index, other = (checkpoint.read_json(tmp_path / name / "index.json") for name in ("one", "two"))
     assert index == other
 
 
-# ---- commands -------------------------------------------------------------------------------------------
+# ---- Commands -------------------------------------------------------------------------------------------
 
 
 def test_check_writes_lists(tmp_path, good_video, monkeypatch, capsys):
@@ -683,7 +706,7 @@ def test_check_writes_lists(tmp_path, good_video, monkeypatch, capsys):
     bad = [json.loads(line) for line in (tmp_path / "good.bad.jsonl").read_text().splitlines()]
     assert {Path(row["path"]).name for row in bad} == set(reasons) and len(bad) == len(reasons)
     files = data.open_files(tmp_path / "good.jsonl", [("seconds", 2.9, 3.1)])
-    assert [Path(files[i]).name for i in range(len(files))] == ["a.mp4", "b.mp4"]
+    assert [Path(file).name for file in files] == ["a.mp4", "b.mp4"]
 
 
 def test_preview(tmp_path, folder, monkeypatch, capsys):
@@ -694,8 +717,9 @@ def test_preview(tmp_path, folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (("preview", "nothing-here"), "nor a folder"), (("preview", ".", "--width", "100"), "--width 100"),
-    (("encode", ".", "--shard_size", "0"), "--shard_size 0"), (("watch", "."), "invalid choice"),
-    (("check", ".", "--sed", "1"), "unrecognized"), (("check", "."), "no videos"),
+    (("encode", ".", "--shard_size", "0"), "--shard_size: 0 is not "),
+    (("watch", "."), "invalid choice"), (("check", ".", "--sed", "1"), "unrecognized"),
+    (("check", "."), "no videos"),
     (("check", ".", "--where", "seconds", "1", "2"), "not a .csv or .jsonl list")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,9 @@
-"""How fast clips come out of videos, on the CPU. Takes a minute. Run by hand, not by pytest:
+"""Measures how fast clips are decoded from videos, on the CPU, in one minute. Run by hand, not by pytest:
 
     $ python tests/video_speed.py --report results/videos.json
 
-Clips of 14 frames per second and process, from 1080p H.264 at 30 frames a second, from random places; beside
-it that video decoded plainly, and the opening of a list of a million rows.
+Clips of 14 frames at random start times of a 1080p H.264 video with 30 frames per second, in clips per second
+and process. For comparison: decoding the whole video in order. Also: opening a list of a million rows.
 """
 import sys
 import tempfile
@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bench  # noqa: E402
 import data  # noqa: E402
-import engine  # noqa: E402
 import evaluate  # noqa: E402
-import model  # noqa: E402
-import sampler  # noqa: E402
+from support import checkpoint, engine, media  # noqa: E402
+from tools import bench  # noqa: E402
 
-parser = engine.command_line("How fast clips come out of videos.")
+parser = engine.command_line("Measure how fast clips are decoded from videos.")
 parser.add_argument("--num_frames", type=engine.positive, default=14, help="of the clips")
 parser.add_argument("--seconds", type=engine.positive, default=6, help="length of the video")
 parser.add_argument("--clips", type=engine.positive, default=16, help="of each size")
@@ -36,7 +34,7 @@ with tempfile.TemporaryDirectory() as folder:
     pattern = F.interpolate(255 * torch.rand(1, 3, 27, 48), (1080, 1920), mode="bilinear")[0]
     pattern = pattern.byte().permute(1, 2, 0)                                               # H W 3
     frames = torch.stack([pattern.roll((i, 7 * i), (0, 1)) for i in range(30 * args.seconds)])
-    sampler.write_mp4(frames.numpy(), folder / "video.mp4", 30)
+    media.write_mp4(frames.numpy(), folder / "video.mp4", 30)
     before = time.perf_counter()
     with av.open(str(folder / "video.mp4")) as container:
         container.streams.video[0].codec_context.thread_count = 1
@@ -62,4 +60,4 @@ with tempfile.TemporaryDirectory() as folder:
     rows.append(bench.tell(f"list of 1,000,000 rows, {len(files):,d} left", s=time.perf_counter() - before))
 
 if args.report:
-    model.write_json(args.report, {**evaluate.record(args), "videos": rows})
+    checkpoint.write_json(args.report, {**evaluate.record(args), "videos": rows})

@@ -1,0 +1,255 @@
+"""LoRA: a low-rank update beside frozen layers (Hu et al., arXiv 2106.09685).
+
+    add_lora        freezes a network and puts a trainable update beside some of its layers
+    without_lora    switches the updates off for a while: the network as it was before
+    merge_lora      adds the updates to the weights of their layers
+    save_lora       writes the updates alone, with PEFT's key names
+    load_lora       reads such a file, one of diffusers or one of PEFT
+    load_student    reads a distilled UNet, or a LoRA which it merges
+
+A layer with weight W, bias b and an update of rank r computes W x + b + alpha / r * B A x. A has r rows, B
+has r columns and starts at zero. Of a convolution, A has the window and B is a 1x1 convolution.
+"""
+import json
+import math
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import load_unet
+from support.checkpoint import ModelError, load_weights, read_json, read_safetensors, write_safetensors
+
+# Ends of the paths of layers. attn2.to_q and to_k are not among them: they have no influence in SVD, see
+# model.ContextAttention.
+LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.(0\.proj|2)"
+# The longer list of LCM-LoRA and PCM: also all convolutions, the layers into and out of transformers, and the
+# layers that pass the noise level on.
+LORA_CONVS = LORA_TARGETS + r"|proj_(in|out)|conv(1|2|_shortcut)|time_emb_proj|(down|up)samplers\.0\.conv"
+LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' file name
+PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's, beside a config
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class LoRA:
+    """What LoRALinear and the LoRA convolutions share: they share the parameters of the layer that they
+    replace, and add A and B. These are fp32 whatever the network computes in."""
+
+    def __init__(self, layer, rank, alpha):
+        nn.Module.__init__(self)                    # not that of nn.Linear: it would allocate a second weight
+        self.__dict__ |= {key: value for key, value in vars(layer).items() if key != "_modules"}
+        self.plain = [layer]                        # in a list, so that it is no sub-module
+        self.rank, self.alpha, self.active = rank, alpha, True
+        self.lora_A, self.lora_B = self.make_pair(rank, dict(bias=False, device=layer.weight.device))
+        nn.init.normal_(self.lora_A.weight, std=1 / rank)
+        nn.init.zeros_(self.lora_B.weight)          # so the network starts unchanged
+
+    def update(self):
+        """alpha / rank * B A, in the shape of the weight."""
+        product = self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
+        return product.view_as(self.weight) * (self.alpha / self.rank)
+
+
+class LoRALinear(LoRA, nn.Linear):
+    """A linear layer with an update."""
+
+    def make_pair(self, rank, how):
+        return nn.Linear(self.in_features, rank, **how), nn.Linear(rank, self.out_features, **how)
+
+    def forward(self, x):
+        out = super().forward(x)
+        if not self.active:
+            return out
+        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        low = F.linear(x, A).flatten(0, -2)                                     # n rank
+        return torch.addmm(out.flatten(0, -2), low, B.T, alpha=self.alpha / self.rank).view_as(out)
+
+
+class LoRAConv(LoRA):
+    """A convolution with an update, for both kinds below."""
+
+    def make_pair(self, rank, how):
+        kind, window = type(self.plain[0]), (self.kernel_size, self.stride, self.padding)
+        return kind(self.in_channels, rank, *window, **how), kind(rank, self.out_channels, 1, **how)
+
+    def forward(self, x):
+        out = super().forward(x)
+        if not self.active:
+            return out
+        A, B = (layer.weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
+        low = self.lora_A._conv_forward(x, A, None)                             # b rank ..
+        return torch.add(out, self.lora_B._conv_forward(low, B, None), alpha=self.alpha / self.rank)
+
+
+class LoRAConv2d(LoRAConv, nn.Conv2d):
+    """A convolution of single frames with an update."""
+
+
+class LoRAConv3d(LoRAConv, nn.Conv3d):
+    """A temporal convolution with an update."""
+
+
+LORA_LAYERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d}
+
+# ---------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
+    """Freezes the network and puts an update of `rank` beside each linear layer and convolution whose path
+    ends in `targets`, a regular expression. alpha defaults to the rank, so that the update has scale 1.
+    Returns the network. Raises ModelError if no layer matches or there are updates already."""
+    assert rank > 0, f"rank {rank}: not positive"
+    if lora_layers(unet):
+        raise ModelError("the network has LoRA layers already: merge_lora them first")
+    unet.requires_grad_(False)
+    layers = {path: layer for path, layer in unet.named_modules()
+              if lora_class(layer) and re.search(rf"(^|\.)({targets})$", path)}
+    if not layers:
+        raise ModelError(f"no layer's name ends in {targets!r}: nothing to add LoRA to")
+    for path, layer in layers.items():
+        unet.set_submodule(path, with_lora(layer, rank, rank if alpha is None else alpha))
+    return unet
+
+
+def lora_class(layer):
+    """The class that adds an update to this layer, or None if there is none, or an update already."""
+    matches = (LORA_LAYERS[kind] for kind in LORA_LAYERS if isinstance(layer, kind))
+    return None if isinstance(layer, LoRA) else next(matches, None)
+
+
+def with_lora(layer, rank, alpha):
+    """The layer with an update: what takes its place in the network."""
+    return lora_class(layer)(layer, rank, alpha)
+
+
+def lora_layers(unet):
+    """{path: layer} of the layers with an update."""
+    return {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoRA)}
+
+
+@contextmanager
+def without_lora(unet):
+    """Switches all updates off inside a with statement."""
+    layers = lora_layers(unet).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        yield unet
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+@torch.no_grad()
+def merge_lora(unet, scale=1):
+    """Adds every update to the weight of its layer, in place: same outputs at no extra cost. scale=-1
+    subtracts an update that was merged before, up to rounding. Returns the network."""
+    for path, layer in lora_layers(unet).items():
+        plain, merged = layer.plain[0], layer.weight.float() + scale * layer.update()
+        plain.weight = nn.Parameter(merged.to(layer.weight.dtype))
+        unet.set_submodule(path, plain)
+    return unet
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files. Keys are unet.<path>.lora_A.weight and unet.<path>.lora_B.weight; rank and alpha are metadata.
+
+
+def save_lora(unet, folder):
+    """Writes the updates alone to folder/pytorch_lora_weights.safetensors. Raises ModelError."""
+    layers = lora_layers(unet)
+    if not layers:
+        raise ModelError("the network has no LoRA layers to save: call add_lora first")
+    tensors = {f"unet.{path}.lora_{m}.weight": getattr(layer, f"lora_{m}").weight
+               for path, layer in layers.items() for m in "AB"}
+    sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
+    if len(sizes) > 1:
+        raise ModelError(f"LoRA layers of different (rank, alpha) {sorted(sizes)} do not fit one file")
+    (rank, alpha), = sizes
+    settings = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(layers)}
+    write_safetensors(Path(folder) / LORA_FILE, tensors, {"lora_adapter_metadata": json.dumps(settings)})
+
+
+def lora_file(path):
+    """The file of a LoRA: `path` itself, or the file in that folder with the name of diffusers or PEFT."""
+    if not Path(path).is_dir():
+        return Path(path)
+    peft = Path(path) / PEFT_FILE
+    return peft if peft.is_file() and not (Path(path) / LORA_FILE).is_file() else Path(path) / LORA_FILE
+
+
+def read_lora(file):
+    """The tensors of a LoRA file {key: tensor}, keys relative to the UNet, and its alpha, None if it is the
+    rank. Raises ModelError for scales that alpha / rank does not describe."""
+    metadata = {}
+    tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
+               for key, tensor in read_safetensors([file], metadata)}
+    if not tensors:
+        raise ModelError(f"{file}: no LoRA weights in it")
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if file.name == PEFT_FILE:                              # PEFT has its settings in a file beside it
+            settings = read_json(file.with_name("adapter_config.json"))
+        settings = {key.removeprefix("unet."): value for key, value in settings.items()}
+        alpha = None if settings.get("lora_alpha") is None else settings["lora_alpha"] + 0
+    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{file}: its lora_adapter_metadata cannot be read ({error})") from error
+    for setting in ("use_rslora", "alpha_pattern"):
+        if settings.get(setting):
+            raise ModelError(f"{file}: made with {setting}, which is not supported")
+    return tensors, alpha
+
+
+def load_lora(unet, path, whole=True):
+    """Puts the updates saved at `path`, a folder or a .safetensors file, beside the layers of a network.
+
+    whole: the file may also hold whole weights, such as the temporal blocks that stage 2 trains; they replace
+    those of the network. Returns the network. Raises ModelError for a key or shape that does not fit; the
+    network is unchanged then.
+    """
+    file = lora_file(path)
+    tensors, alpha = read_lora(file)
+    layers = {path: layer for path, layer in unet.named_modules() if lora_class(layer)}
+    weights, loaded = dict(unet.named_parameters()), {}
+    replaced = {key: tensors.pop(key) for key in weights
+                if whole and key in tensors and tensors[key].shape == weights[key].shape}
+    for path in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
+        pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
+        if path not in layers or None in pair:
+            raise ModelError(f"{file}: {path}.lora_* does not fit a layer of this network")
+        out, *window = layers[path].weight.shape                # channels in, and height, width of the window
+        found, rank = [tuple(tensor.shape) for tensor in pair], pair[0].numel() // math.prod(window)
+        shapes = [(rank, *window), (out, rank, *[1] * (len(window) - 1))]
+        if found != shapes or not rank:
+            raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
+        loaded[path] = with_lora(layers[path], rank, rank if alpha is None else alpha)
+        loaded[path].lora_A.weight.data.copy_(pair[0])
+        loaded[path].lora_B.weight.data.copy_(pair[1])
+    if tensors:
+        raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names")
+    for key, tensor in replaced.items():
+        weights[key].data.copy_(tensor)
+    for path, layer in loaded.items():
+        unet.set_submodule(path, layer)
+    return unet
+
+
+def load_student(path, unet, variant=None):
+    """The distilled network at `path`, in the dtype and on the device of `unet`, its pipeline's UNet.
+
+    path: a UNet (folder, hub id, or a file with diffusers' keys), or a LoRA (folder or file), which is merged
+    into `unet`. variant: of a folder that has it, as its pipeline may. Raises ModelError.
+    """
+    file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
+    if not file.is_file():
+        has_variant = any(Path(path).glob(f"**/*.{variant}*.safetensors"))
+        return load_unet(path, variant=variant if has_variant else None, dtype=dtype, device=device)
+    if any(".lora" in key for key, _ in read_safetensors([file])):
+        return merge_lora(load_lora(unet, file))
+    return load_weights(unet, [file], file, dtype, device)

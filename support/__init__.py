@@ -1,0 +1,1 @@
+"""What the method stands on: kernels, files, processes, pictures and videos."""

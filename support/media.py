@@ -1,0 +1,147 @@
+"""Pictures in, videos and contact sheets out.
+
+    find_images         the pictures that a command line names: files, folders, stdin
+    load_image          one picture file -> PIL image, RGB
+    fit_image           PIL image -> tensor of the size and range that the networks take
+    save_video          frames -> .mp4, .gif, or .png (contact sheet)
+    save_sheet          clips -> one picture with a row per clip
+
+A video is [f 3 H W] and a picture [3 H W], with values in [-1, 1]. A file appears under its name only when it
+is complete, so an interrupted write leaves an earlier file as it was.
+"""
+import io
+import sys
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from support.checkpoint import ModelError, replacing
+
+MAX_PIXELS = 150_000_000                # of an input picture; a larger one is refused as a decompression bomb
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures in
+
+
+def find_images(paths):
+    """[(name, path)] of the pictures in `paths`, which are pictures, folders of pictures, or "-" for stdin.
+
+    The order is that of `paths`, and alphabetical inside a folder. A name is the file's stem, with a number
+    added where an earlier file has the same stem. Raises ModelError.
+    """
+    files = []
+    for path in paths:
+        if "://" in path:
+            raise ModelError(f"{path}: a URL; download it and give the file, or pipe it into --image -")
+        found = [Path(path)]
+        if Path(path).is_dir():
+            found = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise ModelError(f"{path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        files += found
+    stems = [file.stem for file in files]
+    repeats = [stems[:i].count(stem) for i, stem in enumerate(stems)]
+    return [(stem + f"_{n}" * (n > 0), file) for stem, n, file in zip(stems, repeats, files)]
+
+
+def load_image(path):
+    """The picture in a file (- for stdin) as a PIL image in RGB, turned upright as its EXIF data says, with
+    transparent parts on white. Raises ModelError if it cannot be read or is too large."""
+    from PIL import Image, ImageOps
+    source = io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # MAX_PIXELS is the limit here
+        try:
+            with Image.open(source) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"more than {MAX_PIXELS // 10 ** 6} million pixels")
+                image = ImageOps.exif_transpose(file)
+                image.load()
+        except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+            raise ModelError(f"{path}: cannot be read as a picture ({error})") from error
+    if image.mode.startswith("I"):                          # 16-bit grey: convert("RGB") would clip it to 255
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit_image(image, width, height):
+    """PIL image of any size -> (pixels [3 H W] in [-1, 1], kept).
+
+    The picture is cropped at the centre to the aspect ratio of width x height, then resized. kept: the
+    fractions of its width and of its height that remain after the crop.
+    """
+    from PIL import Image
+    scale = max(width / image.width, height / image.height)
+    box_width, box_height = width / scale, height / scale
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    kept = box_width / image.width, box_height / image.height
+    if image.size != (width, height):
+        box = (left, top, left + box_width, top + box_height)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return rearrange(pixels, "h w c -> c h w").float() / 127.5 - 1, kept
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Videos and contact sheets out
+
+
+def save_video(frames, file, fps):
+    """Writes frames [f 3 H W] in [-1, 1] as .mp4, .gif or .png (contact sheet), by the suffix of `file`."""
+    from PIL import Image
+    if file.suffix == ".png":
+        return save_sheet(frames[None], file)
+    pixels = ((frames + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    pixels = rearrange(pixels, "f c h w -> f h w c").numpy()
+    with replacing(file) as part:
+        if file.suffix == ".mp4":
+            return write_mp4(pixels, part, fps)
+        # One palette for all frames: palettes of their own would make still parts flicker.
+        palette = Image.fromarray(rearrange(pixels, "f h w c -> (f h) w c")).quantize(256)
+        images = [Image.fromarray(frame).quantize(palette=palette) for frame in pixels]
+        # A gif counts time in 1/100 s. Rounding the start times of frames keeps the average rate exact.
+        starts = [round(100 * i / fps) for i in range(len(images) + 1)]
+        durations = [10 * (end - start) for start, end in zip(starts, starts[1:])]              # milliseconds
+        images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def write_mp4(pixels, file, fps):
+    """Writes pixels [f H W 3] uint8 as an mp4 that common players accept: H.264, 4:2:0, in the BT.709 colour
+    space, which the file declares. Without the declaration players guess the colour matrix from the size."""
+    import av
+    with av.open(str(file), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16", "preset": "slow"})
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context                  # 1 is BT.709, and for the range 1 is 16 to 235
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
+        for frame in pixels:
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def contact_sheet(frames, gap=2):
+    """Clips [n f 3 h w] in [-1, 1] -> one uint8 picture [H W 3]: a row per clip, its frames from left to
+    right, with `gap` white pixels around each frame."""
+    frames = F.pad(frames.detach().float().cpu().clamp(-1, 1), (gap, 0, gap, 0), value=1.0)        # n f c h w
+    sheet = F.pad(rearrange(frames, "n f c h w -> c (n h) (f w)"), (0, gap, 0, gap), value=1.0)     # c H W
+    return rearrange((sheet * 127.5 + 127.5).round().byte(), "c h w -> h w c")
+
+
+def save_sheet(clips, file, shrink=1):
+    """Writes the contact sheet of clips [n f 3 h w] as a .jpg, or else as a PNG, reduced by the integer
+    factor `shrink`."""
+    from PIL import Image
+    with replacing(file) as part:
+        sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)
+        sheet.save(part, "JPEG" if file.suffix == ".jpg" else "PNG", quality=90)

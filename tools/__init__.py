@@ -1,0 +1,1 @@
+"""Commands around the method: speed, tables, export, plots."""

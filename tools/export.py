@@ -1,0 +1,81 @@
+"""Exports a student as a folder that diffusers opens.
+
+    $ python -m tools.export export --model assets/toy --student out/stage2/merged --output_dir out/osv
+    $ python -m tools.export merge --model stabilityai/... --student lora.safetensors --output_dir out/merged
+    $ python -m tools.export unmerge --model out/merged --student lora.safetensors --output_dir out/plain
+
+    export, merge       the pipeline of --model with --student for its UNet: a UNet, or a LoRA merged into it
+    unmerge             subtracts a LoRA from the UNet that it was merged into
+
+The folder holds all networks of the pipeline, diffusers' configuration files, licences and a model card with
+the code that samples it. --push_to_hub uploads it.
+"""
+import re
+import shutil
+from pathlib import Path
+
+import model
+from lora import load_lora, load_student, merge_lora
+from support.checkpoint import ASSETS, DTYPES, SVD, find_folder, replacing, save_network
+from support.engine import command_line, exit_on_error, fail
+
+
+def export(args):
+    """Writes the pipeline of --model, with --student for its UNet, and a model card to --output_dir.
+
+    fp16 and bf16 weights get a suffix in their file names, and diffusers opens them with variant="fp16" or
+    "bf16". Raises ModelError or OSError.
+    """
+    unet, vae, image_encoder = (load(args.model, variant=args.variant, revision=args.revision) for load in (
+        model.load_unet, model.load_vae, model.load_image_encoder))
+    if args.command == "unmerge":
+        unet = merge_lora(load_lora(unet, args.student, whole=False), scale=-1)
+    else:
+        unet = load_student(args.student, unet, args.variant)
+    suffix = None if args.dtype == "fp32" else args.dtype
+    for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
+        save_network(net, args.output_dir / part, DTYPES[args.dtype], suffix)
+    model.save_configs(args.output_dir)
+    for licence in find_folder(args.model, "unet", args.variant, args.revision).parent.glob("LICENSE*"):
+        shutil.copy(licence, args.output_dir)
+
+    is_local = Path(args.model).exists()
+    card = (ASSETS / "model_card.md").read_text().format(
+        name=args.push_to_hub or args.output_dir.resolve().name,
+        base=SVD + "-xt" * (unet.config["num_frames"] > 14) if is_local else args.model,
+        size="{}, {}".format(*model.default_size(unet)),
+        options=f', variant="{suffix}", torch_dtype={DTYPES[args.dtype]}' if suffix else "")
+    if is_local and vae.config["sample_size"] != 768:
+        # The toy world's networks do not descend from SVD and do not carry its licence.
+        card = re.sub(r"(?m)^(base_model|license).*\n", "", card)
+    with replacing(args.output_dir / "README.md") as part:
+        part.write_text(card)
+
+
+@exit_on_error()
+def main():
+    parser = command_line("Export a student for diffusers.")
+    flag = parser.add_argument
+    flag("command", choices=("export", "merge", "unmerge"), help="merge: a LoRA; unmerge: take a LoRA out")
+    flag("--model", required=True, help="pipeline folder or hub id")
+    flag("--student", required=True, help="UNet (folder, hub id, file) or LoRA (folder, file)")
+    flag("--output_dir", type=Path, required=True, help="the folder to write")
+    flag("--dtype", choices=DTYPES, default="fp32", help="of the weights written; fp16 as *.fp16.safetensors")
+    flag("--variant", help="weights of --model to read, e.g. fp16")
+    flag("--revision", help="branch, tag or commit of a hub id")
+    flag("--push_to_hub", metavar="OWNER/NAME", help="then upload the folder to the hub under this name")
+    args = parser.parse_args()
+    export(args)
+    print(f"wrote {args.output_dir}")
+    if args.push_to_hub:                                    # the exported files of the folder, and no others
+        from huggingface_hub import create_repo, upload_folder
+        exported = ["*.json", "*.safetensors", "README.md", "LICENSE*"]
+        try:
+            create_repo(args.push_to_hub, exist_ok=True)
+            upload_folder(repo_id=args.push_to_hub, folder_path=args.output_dir, allow_patterns=exported)
+        except Exception as error:                          # offline, not logged in, malformed name, quota
+            fail(f"{args.push_to_hub}: not uploaded: {error!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Writes the README's tables and its plot from the reports in results/, so that no figure is typed by hand.
+
+    $ python -m tools.readme
+
+The tables of results/student.json, table1.json and table2.json replace the text between two marks in the
+README: <!-- student --> and <!-- end -->, likewise table1 and table2. The mark <!-- orderings --> gets a
+table of the paper's claims, and whether the toy world confirms them. The plot is results/table1_nfe.png.
+"""
+import re
+from collections import defaultdict
+
+from support.checkpoint import read_json
+from tools.plot import new_figure
+from tools.tables import ROOT, SHIPPED, TABLE1, TABLE2
+
+# The paper's claims, each in words and as "sampler < run, sampler", see tools/tables.py: with the first
+# sampler, the run "osv" has a lower distance than the row on the right.
+ORDERINGS = re.findall(r"(\S.*?): (.+?) < (.+?)[;\n]", """
+one step beats 1 of the teacher: 1 < teacher, 1; one step beats 2 of the teacher: 1 < teacher, 2
+one step beats 8 of the teacher: 1 < teacher, 8; (and 4 of them): 1 < teacher, 4
+Time Travel beats one plain step: tts < osv, 1; and two plain steps: tts < osv, 2
+two stages beat stage 1 alone: tts < stage 1 alone, tts; and stage 2 alone: tts < stage 2 alone, tts
+five solver steps beat one: tts < m = 1, tts; the adversarial loss helps: tts < no adversarial loss, tts
+(the same in one step): 1 < no adversarial loss, 1; guidance of 1.5 hurts a student: 1 < osv, 1 cfg 1.5
+guidance of 3 hurts more: 1 cfg 1.5 < osv, 1 cfg 3.0
+latents do better than decoded frames: tts < pixel (VAE decoder), tts
+one step beats one of AnimateLCM: 1 < AnimateLCM, 1; and one of SF-V: 1 < SF-V, 1
+""")
+COLUMNS = {"seconds": ".3f", "sharpness": ".2f", "diversity": ".3f", "motion": ".2f", "first_psnr": ".1f"}
+
+
+def over_seeds(rows):
+    """The rows of a report, one per training seed -> {"run, sampler": row}: figures are means over the seeds,
+    "low" and "high" the lowest and the highest end of the intervals of their FVD, "range" all three as text.
+    """
+    groups, merged = defaultdict(list), {}
+    for row in rows:
+        groups[f"{row['run']}, {row['sampler']}"].append(row)
+    for key, group in groups.items():
+        mean = {name: sum(row[name] for row in group) / len(group) for name in ("fvd", *COLUMNS)}
+        low = min(row["fvd"] - row["interval"] for row in group)
+        high = max(row["fvd"] + row["interval"] for row in group)
+        merged[key] = {**group[0], **mean, "low": low, "high": high,
+                       "range": f"{mean['fvd']:.1f} ({low:.1f} to {high:.1f})"}
+    return merged
+
+
+def markdown(report, table):
+    """A report of tools/tables.py -> a Markdown table with a line for each row of `table`, and its protocol.
+    table: (label in front of the run, run, sampler, the paper's FVD)."""
+    rows = over_seeds(report["rows"])
+    lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
+             "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for label, run, name, paper in table:
+        if row := rows.get(f"{run}, {name}"):
+            cells = [label + run, name, row["nfe"], row["range"], paper or "",
+                     *(f"{row[column]:{digits}}" for column, digits in COLUMNS.items())]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items())
+    seeds = sorted({row["seed"] for row in report["rows"]})
+    return "\n".join(lines) + (
+        f"\n\n`{report['command']}` on {report['device']}, {report['date']}. Protocol: {protocol}. Training "
+        f"seeds {seeds}: mean, and from the lowest to the highest end of their 95 % intervals.\n")
+
+
+def orderings(rows):
+    """A Markdown table of ORDERINGS. A claim holds, or its reverse, if the intervals over all training seeds
+    do not overlap."""
+    rows = over_seeds(rows)
+    lines = ["| the paper says | toy-FVD of the one | of the other | here |", "|---|--:|--:|---|"]
+    for claim, name, other in ORDERINGS:
+        better, worse = rows.get(f"osv, {name}"), rows.get(other)
+        if better and worse:
+            verdict = ("yes" if better["high"] < worse["low"] else
+                       "the reverse" if worse["high"] < better["low"] else "not told apart")
+            lines.append(f"| {claim} | {better['range']} | {worse['range']} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, out):
+    """Draws FVD over network evaluations on logarithmic axes: a line per run, its first training seed."""
+    axes = new_figure(7, 4.2).subplots()
+    rows = [row for row in rows if row["seed"] == rows[0]["seed"] and row["nfe"]]   # real clips have no NFE
+    for run in dict.fromkeys(row["run"] for row in rows):
+        points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["nfe"])
+        line, = axes.plot([row["nfe"] for row in points], [row["fvd"] for row in points], "o-", label=run)
+        # Labels of OSV stand on the left, so that they do not cover those of nearby points.
+        place = dict(xytext=(-7, -3), ha="right") if run == "osv" else dict(xytext=(5, 4))
+        for row in points:
+            axes.annotate(f"{row['sampler']}: {row['fvd']:.0f}", (row["nfe"], row["fvd"]), fontsize=8,
+                          textcoords="offset points", color=line.get_color(), **place)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations per clip", ylabel="toy-FVD",
+             title="toy-FVD over network evaluations (labels: sampler, toy-FVD)", xmargin=0.1, ymargin=0.1)
+    axes.set_xticks(nfe := sorted({row["nfe"] for row in rows}), nfe)
+    axes.set_yticks(fvd := [5, 10, 20, 50, 100, 200], fvd)
+    axes.minorticks_off()
+    axes.legend()
+    axes.figure.savefig(out)
+
+
+def main(root=ROOT):
+    tables = {"student": [("", *row) for row in SHIPPED], "table1": [("", *row) for row in TABLE1],
+              "table2": [(f"{letter}: ", *row) for letter, rows in TABLE2.items() for row in rows]}
+    reports = {name: read_json(root / "results" / f"{name}.json") for name in tables}
+    parts = {name: markdown(reports[name], table) for name, table in tables.items()}
+    parts["orderings"] = orderings(reports["table1"]["rows"] + reports["table2"]["rows"])
+    plot(reports["table1"]["rows"], root / "results" / "table1_nfe.png")
+    text = (root / "README.md").read_text()
+    for name, part in parts.items():
+        text = re.sub(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda _: part, text, count=1)
+    (root / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The paper's tables as commands: trains each student in the toy world and measures it with evaluate.py.
+
+    $ python -m tools.tables student --report results/student.json      # the shipped student and its teacher
+    $ python -m tools.tables table1 --report results/table1.json
+    $ python -m tools.tables table2 --rows a b --report results/table2.json
+    $ python -m tools.readme                                            # writes them into the README
+
+    RUNS                        how each student is trained
+    SHIPPED, TABLE1, TABLE2     the rows of each table
+    trained                     trains a student, or finds it in --work
+    measure_table               trains and measures all rows
+
+--jobs trains several students at the same time, while earlier rows are measured.
+"""
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import data
+from evaluate import ROOT, Report, report_flags, to_bytes
+from sampler import STUDENT
+from support import checkpoint, engine
+from toy.world import toy_clips
+
+# ---------------------------------------------------------------------------------------------------------
+# Training runs
+
+# name: (flags of train_stage1.py, flags of train_stage2.py), None for a stage that is left out. --stage1 and
+# --stage2 come first; they begin with BUDGET. Cheaper variants run more steps, so that every run trains for
+# the same time. Seconds per step of 32 clips on one H100: stage 1 0.080, stage 2 0.131, with m = 1 0.111,
+# AnimateLCM 0.043, SF-V 0.048.
+BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 50 --checkpointing_steps 100" \
+    " --validation_steps 10000 --validation_teacher_steps 1"
+RUNS = {
+    "osv": ("", ""), "m = 1": ("", "--num_solver_steps 1 --max_train_steps 295"),
+    "stage 1 alone": ("--max_train_steps 610", None), "stage 2 alone": (None, "--max_train_steps 370"),
+    "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"), "theta^- for real": ("", "--real ema"),
+    "guided teacher": ("", "--guidance 1 1.5 2 2.5"), "all weights train": ("--train all", "--train all"),
+    "sub-pixel": ("--discriminator subpixel", "--discriminator subpixel"),
+    "pixel (VAE decoder)": ("--discriminator pixel", "--discriminator pixel"),
+    "unet": ("--discriminator unet", "--discriminator unet"),
+    "stage 1 at half size": ("--width 64 --height 64", ""),
+    "stage 2 at half size": ("", "--width 64 --height 64"),
+    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps 1130"),
+    "SF-V": ("--discriminator unet --train all --max_train_steps 1010", None)}
+LOCKS = defaultdict(threading.Lock)         # one per folder: two runs may need the same stage 1
+
+
+def trained(run, seed, args):
+    """The folder of a run's UNet, and its training time in seconds. Trains the stages that --work lacks. The
+    time is None with --jobs above 1, because runs then share the GPU. Raises ModelError."""
+    seconds, stage1 = 0.0, "none"
+    for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
+        if flags is None:
+            continue
+        command = [f"train_stage{stage}.py", "--model", args.model, "--seed", str(seed), *budget.split(),
+                   *flags.split(), *(["--stage1", stage1] if stage == 2 else [])]   # the last value counts
+        # The command names the folder, so that runs with the same stage 1 share it.
+        folder = args.work / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+        with LOCKS[folder]:
+            if not (folder / "merged" / "config.json").exists():
+                command += ["--output_dir", str(folder)]
+                print(*command, flush=True)
+                if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
+                    raise checkpoint.ModelError(f"{run}: the training failed, see its message above")
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        # The median excludes the first interval, in which kernels are compiled.
+        seconds += sorted(row["s_per_step"] for row in log)[len(log) // 2] * log[-1]["step"]
+        stage1 = str(folder)
+    return folder / "merged", seconds if args.jobs == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+
+# (run, sampler, the paper's FVD). The run is "teacher", "shipped", "real" or a name in RUNS; samplers are
+# those of evaluate.parse_sampler. FLOOR compares real clips with other real futures of the same first
+# frames: no sampler can be expected to reach a lower distance.
+FLOOR = ("real", "other futures", None)
+TEACHER = [("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "4", None),
+           ("teacher", "2", 1015.25), ("teacher", "1", 1177.34)]
+OSV = ONE, TTS, _ = ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)
+SHIPPED = [FLOOR, *TEACHER, *(("shipped", *figures) for _, *figures in OSV),
+           ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
+TABLE1 = [FLOOR, *TEACHER, ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
+          ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), *OSV]
+TABLE2 = dict(
+    a=[("m = 1", "tts", 332.25), TTS], b=[("stage 2 alone", "tts", 221.75), TTS],
+    c=[("stage 1 alone", "2", 298.35), ("stage 1 alone", "tts", 234.13), TTS],
+    d=[("no adversarial loss", "tts", 405.41), TTS, ("no adversarial loss", "1", None), ("osv", "1", None)],
+    e=[("pixel (VAE decoder)", "tts", 232.25), ("unet", "tts", None), ("sub-pixel", "tts", None), TTS],
+    f=[("osv", "1 cfg 3.0", 531.23), ("osv", "1 cfg 1.5", 426.71), ONE],
+    g=[("stage 1 at half size", "1", 455.35), ("osv", "1", 388.86)],
+    h=[("stage 2 at half size", "tts", 171.15), ("osv", "tts", 181.95)],
+    ours=[(run, name, None) for name in ("1", "tts")
+          for run in ("theta^- for real", "guided teacher", "all weights train", "osv")],
+    tts=[("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")])
+PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped tts"
+
+
+def measure_table(table, args, protocol):
+    """Measures each row of a table, RUNS for each of --seeds. Raises ModelError."""
+    report = Report(args, **protocol)
+    rows = {}                               # a row that stands in a table several times is measured once
+    for run, name, paper in table:
+        for seed in args.seeds if run in RUNS else args.seeds[:1]:
+            rows.setdefault((run, name, seed), (run, name, seed, paper))
+    rows = report.missing(rows.values())
+    pool = ThreadPoolExecutor(args.jobs)
+    students = {key: pool.submit(trained, *key, args)
+                for key in dict.fromkeys((run, seed) for run, _, seed, _ in rows if run in RUNS)}
+    world_seed, (f, _, size) = args.seed + data.HELD_OUT, report.shape
+
+    def other_futures(numbers, seed):
+        clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
+        return to_bytes(clips.frames), 0
+
+    try:
+        for row in rows:
+            run, name, seed = row[:3]
+            future = students.get((run, seed))
+            student, seconds = future.result() if future else (STUDENT if run == "shipped" else None, None)
+            sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
+            pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
+            report.add(row, *sampler, training_seconds=seconds, pictured=pictured)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def main():
+    parser = engine.command_line("Train and measure the rows of the paper's tables.")
+    flag = parser.add_argument
+    flag("what", choices=["student", "table1", "table2"], help="student: the one in assets/toy")
+    report_flags(parser)
+    flag("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="table2: which of its rows")
+    flag("--seeds", type=int, nargs="+", default=[0, 1], help="training seeds")
+    flag("--work", type=Path, default="out/tables", help="where students are trained, and kept")
+    flag("--stage1", default="--max_train_steps 200" + BUDGET, help="flags of each train_stage1.py")
+    flag("--stage2", default="--max_train_steps 250" + BUDGET, help="flags of each train_stage2.py")
+    flag("--jobs", type=engine.positive, default=1, help="trainings at the same time; only 1 records times")
+    args = parser.parse_args()
+    table2 = [FLOOR, *(row for name in args.rows for row in TABLE2[name])]
+    tables = {"student": SHIPPED, "table1": TABLE1, "table2": table2}
+    # Other futures of real clips are unknown.
+    table = [row for row in tables[args.what] if row != FLOOR or args.data == "toy"]
+    protocol = {} if args.what == "student" else {"stage1": args.stage1, "stage2": args.stage2}
+    with engine.exit_on_error():
+        measure_table(table, args, protocol)
+
+
+if __name__ == "__main__":
+    main()

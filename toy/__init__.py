@@ -1,0 +1,1 @@
+"""The toy world, in which the whole method runs on small hardware."""
