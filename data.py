@@ -17,7 +17,7 @@ added to a skip list, and training goes on with the next file.
 
     $ python data.py check VIDEOS --out good.jsonl              # lists the files that can be decoded
     $ python data.py preview VIDEOS --out sheet.png             # draws the clips that training will get
-    $ python data.py encode VIDEOS --model M --out SHARDS       # encodes all clips once; resumes; torchrun
+    $ python data.py encode VIDEOS --model M --out SHARDS       # encodes all clips once; resumes; or torchrun
 """
 import csv
 import hashlib
@@ -45,7 +45,7 @@ from support.media import save_sheet
 from toy.world import toy_clips
 
 FPS = 7
-HELD_OUT = 1_000_000                    # no training uses the toy world of seed + HELD_OUT
+HELD_OUT = 1_000_000                    # toy worlds of seed + HELD_OUT are for validation and evaluation
 
 
 # ---- Latents and conditions -----------------------------------------------------------------------------
@@ -72,8 +72,8 @@ def concatenate(parts):
 
 @torch.no_grad()
 def encode_clips(vae, image_encoder, frames, noise, z, motion_bucket_id, fps=FPS) -> Latents:
-    """Encodes clips. The condition image is the first frame with noise, of the strength that SVD was trained
-    with: exp(-3 + 0.5 z), z ~ N(0, 1).
+    """Encodes clips and their conditions. The condition image is the first frame plus noise of the strength
+    that SVD was trained with: exp(-3 + 0.5 z), z ~ N(0, 1).
 
     frames              b f 3 H W  in [-1, 1]
     noise, z            b 3 H W and b, standard normal
@@ -109,10 +109,10 @@ COLUMNS = ("path", "video", "file", "filename", "video_path")           # OpenVi
 
 
 def open_files(data, where=()) -> list[str]:
-    """The paths of the videos of a folder and its sub-folders, or of a .csv or .jsonl list that has one of
-    COLUMNS. A million paths take about 150 MB of memory.
+    """The paths of the videos of a folder and its sub-folders, or of a .csv or .jsonl list with a column
+    named in COLUMNS. A million paths take about 150 MB of memory.
 
-    where keeps only rows of a list whose values are within limits: [("motion score", 2, 20), ...]. Raises
+    where: keeps only rows of a list whose values are within limits: [("motion score", 2, 20), ...]. Raises
     ModelError."""
     data = Path(data).absolute()
     is_list = data.suffix in (".csv", ".jsonl")
@@ -189,9 +189,9 @@ class Clips:
             self.bad = {row["path"]: row for row in map(json.loads, self.skip_list.read_text().splitlines())}
 
     def ask_decoder(self, path, start):
-        """decode.read_clip in this thread's process -> (frames uint8 [f H W 3], facts). Without "reason" in
-        the facts the frames are valid. Raises ChildProcessError if the process dies, ModelError if it cannot
-        run at all."""
+        """Runs decode.read_clip in this thread's process -> (frames uint8 [f H W 3], facts). If facts has a
+        "reason", the frames are not valid. Raises ChildProcessError if the process dies, ModelError if it
+        cannot run at all."""
         process = self.local.process = getattr(self.local, "process", None) or Popen(
             DECODER, stdin=PIPE, stdout=PIPE, start_new_session=True)
         num_frames, width, height, _ = self.shape.values()
@@ -209,10 +209,10 @@ class Clips:
         raise ChildProcessError(f"its decoder died of {signal.Signals(-status).name}{late}")
 
     def read(self, path, start=0.0):
-        """A clip of one file -> (frames, facts). Facts with a "reason" are those of a bad file."""
+        """Reads a clip of one file -> (frames uint8 [f H W 3], facts, with a "reason" if the file is bad)."""
         if path in self.bad:
             return None, self.bad[path]
-        # If the decoder dies, something else may have killed it: try again, then try the file's beginning.
+        # If the decoder dies, the cause may not be the file: try again, then try the file's beginning.
         for begin in (start, start, 0.0):
             try:
                 frames, facts = self.ask_decoder(path, begin)
@@ -256,11 +256,11 @@ class Clips:
 
 # ---- Latents of videos ----------------------------------------------------------------------------------
 
-MOTION_SCALE = 0.1                  # change per frame, in [-1, 1], at which the motion bucket is 162 of 255
+MOTION_SCALE = 0.1                  # change per frame, of pixels in [-1, 1], that has motion bucket 162
 
 
 class VideoLatents:
-    """Clips of videos, encoded in every step: needs no disk, but the VAE's time."""
+    """Clips of videos, encoded in every step: this needs no disk space, but time for the VAE."""
 
     def __init__(self, clips, vae, image_encoder, motion_bucket_id=None):
         self.clips, self.nets, self.motion_bucket_id = clips, (vae, image_encoder), motion_bucket_id
@@ -272,7 +272,7 @@ class VideoLatents:
     def encode(self, numbers):
         """Clips `numbers` [b] -> Latents. Encodes one clip at a time, so that a clip's latents do not depend
         on its batch. Unless fixed, the motion bucket is 1 + 254 (1 - exp(-change / MOTION_SCALE)), where
-        change is the mean absolute difference between consecutive frames."""
+        change is the mean absolute difference between consecutive frames in [-1, 1]."""
         encoded, device = [], next(self.nets[0].parameters()).device
         seed, fps = self.clips.seed, self.clips.shape["fps"]
         for number, frames in zip(numbers.split(1), self.clips.take(numbers)):
@@ -313,14 +313,14 @@ def digest(content):
 
 
 def open_clips(args, **options):
-    """The videos that the flags `args` name -> Clips. options: of Clips. Raises ModelError."""
+    """The videos that the flags `args` name -> Clips. options: its other arguments. Raises ModelError."""
     return Clips(open_files(args.data, args.where), args.seed, args.num_frames, args.width, args.height,
                  fps=args.fps, flip=args.flip, workers=args.workers, **options)
 
 
 def open_data(args, vae, image_encoder, **options):
-    """The data that the flags `args` name: args.num_clips clips of the toy world, shards, or videos (options:
-    of Clips). The result has .take(numbers [b]) -> (x0 [b f 4 h w], model.Cond), fp32, on the device of
+    """The data that the flags `args` name: args.num_clips clips of the toy world, shards, or videos, with
+    `options` for Clips. It has .take(numbers [b]) -> (x0 [b f 4 h w], model.Cond), fp32, on the device of
     `vae`. Raises ModelError."""
     num_frames, width, height = args.num_frames, args.width, args.height
     device = next(vae.parameters()).device
@@ -340,7 +340,7 @@ def open_data(args, vae, image_encoder, **options):
 def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     """The data that a trainer's flags name, for a process that trains on `clips_per_rank` clips of each
     batch -> the result of open_data, and (x0, cond) of four validation clips: unseen clips of the toy world,
-    or the same videos at other times."""
+    the same videos at other times, or clips of the same shards."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     width, height = model.default_size(unet)
     flags = vars(args) | {"num_frames": unet.config["num_frames"], "width": args.width or width,
@@ -355,7 +355,7 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
 
 
 def check(args, out):
-    """decodes a clip of each video, lists the good ones, and the bad ones with reasons; verifies shards"""
+    """decodes a clip of each video, lists the good videos, and the bad ones with reasons; verifies shards"""
     if (Path(args.data) / "index.json").is_file():
         shards = ShardLatents(Path(args.data), args.seed, "cpu").index["shards"]
         for name in tqdm(shards, "check", disable=None):
@@ -396,7 +396,7 @@ def encode(args, out):
     how = {"dtype": torch.bfloat16 if world.device.type == "cuda" else torch.float32, "device": world.device}
     nets = kernels.fast(model.load_vae(args.model, **how)), model.load_image_encoder(args.model, **how)
     source = VideoLatents(clips, *nets, args.motion_bucket_id)
-    out.mkdir(parents=True, exist_ok=True)              # not earlier: bad input leaves no folder behind
+    out.mkdir(parents=True, exist_ok=True)              # only now: bad input leaves no folder behind
     if world.rank == 0:
         write_json(out / "settings.json", settings)
     parts = torch.arange(count).split(size)

@@ -1,6 +1,6 @@
 """The discriminator: small trainable heads on the features of a frozen network.
 
-    load_features           the frozen features by `kind`; what they see is the paper's main idea (Fig. 3):
+    load_features           the frozen features of a `kind`; their input is the paper's main idea (Fig. 3):
         latent              latents, mapped to 3 channels and upsampled; no VAE decoder (default)
         subpixel            the same with a sub-pixel convolution (version 2 of the paper, App. D, Fig. 9)
         pixel               frames that the VAE decodes, as in ADD (arXiv 2311.17042)
@@ -16,7 +16,7 @@ OSV, arXiv 2409.11367, section 4.1, Figs. 3 and 4. A spatial head sees no motion
 shape. With spatial heads alone the generator learns to repeat the first frame.
 
 Letters in shape comments: b clips, f frames, c d channels, h w size of latents and feature maps, H W size of
-frames, p patches, k logits.
+frames, p patches, k logits, n any batch.
 """
 import math
 from functools import partial
@@ -87,7 +87,7 @@ class TemporalHead(Head):
 
     def forward(self, x, num_frames):
         h, w = x.shape[-2:]
-        # As a view of (b h w) f c the result is channels-last, the faster memory format of convolutions.
+        # A transposed view of (b h w) f c is channels-last, the faster memory format for convolutions.
         x = rearrange(x, "(b f) c h w -> (b h w) f c", f=num_frames).mT[:, :, None]         # (b h w) c 1 f
         return rearrange(super().forward(x), "(b h w) 1 1 f -> b (f h w)", h=h, w=w)
 
@@ -111,8 +111,8 @@ class DinoFeatures(nn.Module):
     backbone        transformers' Dinov2Model
     kind            "latent", "subpixel" or "pixel": see the top of this file
     vae             for "pixel" only: the frozen VAE that decodes latents to frames
-    resolution      pixels: the backbone's input has about this area, squared, in the video's aspect ratio;
-                    each side is a multiple of the patch size
+    resolution      pixels: the backbone's input has about the area of a square of this side, and the video's
+                    aspect ratio; each side is a multiple of the patch size
     """
 
     SUBPIXEL = 4                                    # upscaling of the sub-pixel convolution (v2, App. D)
@@ -125,7 +125,7 @@ class DinoFeatures(nn.Module):
         self.backbone, self.kind, self.vae = backbone, kind, vae
         config = backbone.config
         self.patch, self.resolution = config.patch_size, resolution or min(config.image_size, 224)
-        # The patch embedding and, as in ADD, blocks 2, 5, 8, 11 of 12; the same fractions of another depth.
+        # The patch embedding and, as in ADD, blocks 2, 5, 8, 11 (from 0) of 12; other depths: same fractions.
         self.levels = [0] + [round(config.num_hidden_layers * (i + 1) / 4) for i in range(4)]
         self.channels = [config.hidden_size] * len(self.levels)
         if kind == "latent":
@@ -146,22 +146,22 @@ class DinoFeatures(nn.Module):
         if self.kind == "pixel":
             x = self.decode(x / self.vae.config["scaling_factor"], num_frames)                  # (b f) 3 H W
         else:
-            # The map to 3 channels is linear and commutes with the resize: here it sees fewer pixels.
-            x = self.to_rgb(x)                                                                  # (b f) 3 h w
-        # x is taken to be in [-1, 1]; DINOv2 expects [0, 1], normalised. ((x + 1) / 2 - mean) / std in one:
+            # Kind latent: a 1x1 map commutes with the resize, and before it there are fewer pixels.
+            x = self.to_rgb(x)                                  # (b f) 3 h w, or 3 4h 4w for kind subpixel
+        # x is taken to be in [-1, 1]. DINOv2 expects ((x + 1) / 2 - mean) / std, written as (x - m) / s:
         mean, std = ([2 * v - 1 for v in IMAGENET_MEAN], [2 * v for v in IMAGENET_STD])
         frames = upsample_normalize(x, self.size_for(*x.shape[2:]), mean, std, self.backbone.dtype)
         tokens = self.backbone(pixel_values=frames, output_hidden_states=True).hidden_states    # (b f) 1+p d
         height = frames.shape[2] // self.patch
-        # The CLS token describes the whole frame. It is added to each patch token.
+        # The CLS token describes the whole frame. It is added to each patch token of that frame.
         return [rearrange(tokens[i][:, 1:] + tokens[i][:, :1], "n (h w) d -> n d h w", h=height)
                 for i in self.levels]
 
     def decode(self, latents, num_frames):
         """Unscaled latents (b f) c h w -> frames (b f) 3 H W.
 
-        The decoder's activations for a whole clip of SVD's size do not fit on a GPU. Large frames are decoded
-        a few at a time, and decoded again in the backward pass (gradient checkpointing). Real and generated
+        The decoder's activations for a whole clip of SVD's size do not fit on a GPU. So large frames are
+        decoded a few at a time, and again in the backward pass (gradient checkpointing). Real and generated
         clips are cut at the same frames, so the cuts do not tell them apart.
         """
         at_once = max(1, self.LATENTS_AT_ONCE // latents[0, 0].numel())
@@ -185,8 +185,8 @@ class UNetFeatures(nn.Module):
         super().__init__()
         self.backbone = unet
         self.channels = [block.resnets[-1].spatial_res_block.conv2.out_channels for block in unet.down_blocks]
-        # unet.encode returns its first convolution, then each residual block and each downsampler. A level is
-        # the last residual block of a resolution.
+        # unet.encode returns the outputs of the first convolution, then of each layer and each downsampler. A
+        # level is the output of the last layer of a resolution.
         self.levels, position = [], 0
         for block in unet.down_blocks:
             self.levels.append(position + len(block.resnets))
@@ -228,7 +228,7 @@ class Discriminator(nn.Module):
     eval mode and get no gradients of their own, but gradients pass through them to the latents.
 
     features: DinoFeatures, UNetFeatures, or a module with `.channels` that maps (latents, cond) to a list of
-    maps [(b f) c h w]. heads: the kinds of heads, for ablations. width: channels inside a head, at most.
+    maps [(b f) c h w]. heads: the kinds of heads, for ablations. width: most channels inside a head.
     """
 
     def __init__(self, features, heads=("spatial", "temporal"), width=128):
@@ -257,8 +257,8 @@ class Discriminator(nn.Module):
 
     def forward(self, latents, cond=None):
         num_frames = latents.shape[1]
-        maps = self.features(latents, cond)                                     # levels of (b f) c h w
-        # The weights of the heads are fp32. Under autocast they compute in the dtype of the features.
+        maps = self.features(latents, cond)                                     # (b f) d h w per level
+        # The weights of the heads are fp32. Under autocast the heads compute in the dtype of the features.
         dtype = maps[0].dtype
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             logits = [head(x, num_frames) for x, heads in zip(maps, self.heads) for head in heads.values()]

@@ -6,7 +6,7 @@
     VideoClassifier     the toy world's substitute for I3D: a small 3-D convolutional network
     load_detector       an I3D TorchScript file, or the folder of a VideoClassifier
     video_features      clips -> the detector's logits, which the distance compares
-    frechet_distance    distance of the Gaussians fitted to two sets of features; interval: its error bar
+    frechet_distance    distance of the Gaussians fitted to two sets of features; `interval` is its error bar
     open_reference      the real clips, and the conditions that every sampler starts from
     measure             generated clips -> all figures
     parse_sampler       "25", "tts", "1 cfg 1.5": a sampler by its name
@@ -51,7 +51,7 @@ SHOWN = 3                                                       # clips per row 
 
 
 class VideoClassifier(nn.Module):
-    """Multi-label classifier of clips. 3x3x3 convolutions halve height and width four times, time twice."""
+    """Multi-label classifier of clips. Its convolutions halve height and width four times, time twice."""
 
     class_name, file_stem = "VideoClassifier", "model"                          # of its files
 
@@ -67,7 +67,7 @@ class VideoClassifier(nn.Module):
         self.stem = conv(3, c1, (1, 2, 2), (3, 5, 5))
         self.stages = nn.Sequential(conv(c1, c2, (1, 2, 2)), conv(c2, c3, (2, 2, 2)), conv(c3, c4, (2, 2, 2)))
         self.mix = conv(c4, c4 // 2, 1)
-        self.head = nn.Linear(c4 // 2 * 4 * 4, num_classes)         # of a 4x4 map: it keeps where things are
+        self.head = nn.Linear(c4 // 2 * 4 * 4, num_classes)         # on a 4x4 map, to keep positions
 
     def forward(self, x: Tensor, rescale=True, resize=True, return_features=True) -> Tensor:
         """x [b 3 f H W] -> logits [b k], or probabilities if not return_features. I3D's script has the same
@@ -168,7 +168,7 @@ def interval(features_real: Tensor, features_fake: Tensor, rounds: int = 40, see
 
 
 class Reference(NamedTuple):
-    """Held-out real clips: what is compared with generated clips, and the conditions of the samplers."""
+    """Held-out real clips: their values for the comparison, and the conditions for the samplers."""
 
     ends: Tensor                # n 2 3 H W  uint8, on the CPU: first and last frame
     shown: Tensor               # SHOWN f 3 H W  uint8, on the CPU: the first clips
@@ -276,7 +276,7 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
     fvd, interval       Frechet distance to the real clips, and half the width of its 95 % interval
     seconds             per clip, from noise to latents; the time of the decoder is the same for all samplers
     sharpness           of the last frame: mean absolute difference of neighbouring pixels, relative to real
-    diversity           mean absolute difference of two seeds, in [-1, 1], over the first quarter of the clips
+    diversity           mean absolute difference of two seeds, pixels in [-1, 1], first quarter of the clips
     first_psnr          dB between the first frame and the input picture
     motion, follows     toy world: pixels per frame that shapes move, relative to real clips, and its
                         correlation with the motion bucket that was requested
@@ -344,8 +344,8 @@ class Report:
             print(f"{n} clips are too few for {k} features: the distances are too large", file=sys.stderr)
 
     def load(self, loader, student=None):
-        """A network of --model in the dtype of the device. student: puts these weights in. --plain: skips the
-        fast layers."""
+        """A network of --model in the dtype of the device. student: loads these weights. --plain: keeps the
+        layers of model.py."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         net = loader(self.args.model, dtype=dtype, device=self.device)
         net = load_student(student, net) if student else net
@@ -362,12 +362,12 @@ class Report:
         return earlier["rows"]
 
     def missing(self, rows):
-        """The rows that are not measured yet, each once."""
+        """The rows that are not measured yet."""
         measured = {(row["run"], row["sampler"], row["seed"]) for row in self.rows}
         return [row for row in rows if row[:3] not in measured]
 
     def sampler(self, name, student=None):
-        """steps, network evaluations and generate(numbers, seed) of a student, or of the teacher."""
+        """(steps, network evaluations, generate(numbers, seed)) of a student, or of the teacher if None."""
         steps, nfe, draw = parse_sampler(name, student is None, tuple(self.args.guidance))
         net = self.load(model.load_unet, student) if student else self.teacher
         return steps, nfe, partial(generate_clips, draw, net, self.vae, self.reference)
@@ -419,7 +419,7 @@ def report_flags(parser):
 
 def parse_args(argv=None):
     parser = engine.command_line("Measure the quality of generated videos.")
-    parser.add_argument("what", choices=["fvd"], help="all figures of one sampler")
+    parser.add_argument("what", choices=["fvd"], help="fvd: all figures of one sampler")
     report_flags(parser)
     parser.add_argument("--student", help="the student to measure (None: the teacher)")
     parser.add_argument("--sampler", default="1", help='how it samples: "25", "1", "tts", "1 cfg 1.5", ..')

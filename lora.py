@@ -1,14 +1,14 @@
 """LoRA: a low-rank update beside frozen layers (Hu et al., arXiv 2106.09685).
 
     add_lora        freezes a network and puts a trainable update beside some of its layers
-    without_lora    switches the updates off for a while: the network as it was before
+    without_lora    switches the updates off inside a with statement: the network as it was before
     merge_lora      adds the updates to the weights of their layers
     save_lora       writes the updates alone, with PEFT's key names
     load_lora       reads such a file, one of diffusers or one of PEFT
-    load_student    reads a distilled UNet, or a LoRA which it merges
+    load_student    reads a distilled UNet, or reads a LoRA and merges it
 
 A layer with weight W, bias b and an update of rank r computes W x + b + alpha / r * B A x. A has r rows, B
-has r columns and starts at zero. Of a convolution, A has the window and B is a 1x1 convolution.
+has r columns and starts at zero. For a convolution, A has its kernel size and B is a 1x1 convolution.
 """
 import json
 import math
@@ -23,11 +23,11 @@ from torch import nn
 from model import load_unet
 from support.checkpoint import ModelError, load_weights, read_json, read_safetensors, write_safetensors
 
-# Ends of the paths of layers. attn2.to_q and to_k are not among them: they have no influence in SVD, see
-# model.ContextAttention.
+# A regular expression for the ends of layer paths. attn2.to_q and to_k are left out: they have no influence
+# in SVD, see model.ContextAttention.
 LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.(0\.proj|2)"
-# The longer list of LCM-LoRA and PCM: also all convolutions, the layers into and out of transformers, and the
-# layers that pass the noise level on.
+# The longer list of LCM-LoRA and PCM: also the convolutions of all blocks, the layers into and out of
+# transformers, and the layers that pass the noise level to the residual blocks.
 LORA_CONVS = LORA_TARGETS + r"|proj_(in|out)|conv(1|2|_shortcut)|time_emb_proj|(down|up)samplers\.0\.conv"
 LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' file name
 PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's, beside a config
@@ -37,20 +37,20 @@ PEFT_FILE = "adapter_model.safetensors"                                         
 
 
 class LoRA:
-    """What LoRALinear and the LoRA convolutions share: they share the parameters of the layer that they
-    replace, and add A and B. These are fp32 whatever the network computes in."""
+    """Base class of LoRALinear and the LoRA convolutions. It shares the parameters of the layer that it
+    replaces, and adds A and B. These are created in fp32, whatever the dtype of the layer."""
 
     def __init__(self, layer, rank, alpha):
-        nn.Module.__init__(self)                    # not that of nn.Linear: it would allocate a second weight
+        nn.Module.__init__(self)                    # nn.Linear.__init__ would allocate a second weight
         self.__dict__ |= {key: value for key, value in vars(layer).items() if key != "_modules"}
-        self.plain = [layer]                        # in a list, so that it is no sub-module
+        self.plain = [layer]                        # in a list: not registered as a sub-module
         self.rank, self.alpha, self.active = rank, alpha, True
         self.lora_A, self.lora_B = self.make_pair(rank, dict(bias=False, device=layer.weight.device))
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)          # so the network starts unchanged
 
     def update(self):
-        """alpha / rank * B A, in the shape of the weight."""
+        """The update alpha / rank * B A, in the shape of the weight."""
         product = self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
         return product.view_as(self.weight) * (self.alpha / self.rank)
 
@@ -71,7 +71,7 @@ class LoRALinear(LoRA, nn.Linear):
 
 
 class LoRAConv(LoRA):
-    """A convolution with an update, for both kinds below."""
+    """Base class of the two convolutions with an update."""
 
     def make_pair(self, rank, how):
         kind, window = type(self.plain[0]), (self.kernel_size, self.stride, self.padding)
@@ -118,13 +118,13 @@ def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
 
 
 def lora_class(layer):
-    """The class that adds an update to this layer, or None if there is none, or an update already."""
+    """The class that adds an update to this layer, or None if no class fits or it has an update already."""
     matches = (LORA_LAYERS[kind] for kind in LORA_LAYERS if isinstance(layer, kind))
     return None if isinstance(layer, LoRA) else next(matches, None)
 
 
 def with_lora(layer, rank, alpha):
-    """The layer with an update: what takes its place in the network."""
+    """A new layer with the parameters of `layer` and an update, to replace it in the network."""
     return lora_class(layer)(layer, rank, alpha)
 
 
@@ -148,8 +148,8 @@ def without_lora(unet):
 
 @torch.no_grad()
 def merge_lora(unet, scale=1):
-    """Adds every update to the weight of its layer, in place: same outputs at no extra cost. scale=-1
-    subtracts an update that was merged before, up to rounding. Returns the network."""
+    """Adds every update to the weight of its layer, in place: same outputs at no extra cost. To undo this, up
+    to rounding, load_lora the update again and merge it with scale=-1. Returns the network."""
     for path, layer in lora_layers(unet).items():
         plain, merged = layer.plain[0], layer.weight.float() + scale * layer.update()
         plain.weight = nn.Parameter(merged.to(layer.weight.dtype))
@@ -177,7 +177,7 @@ def save_lora(unet, folder):
 
 
 def lora_file(path):
-    """The file of a LoRA: `path` itself, or the file in that folder with the name of diffusers or PEFT."""
+    """The file of a LoRA: `path` itself, or, in a folder, the file with the name of diffusers or of PEFT."""
     if not Path(path).is_dir():
         return Path(path)
     peft = Path(path) / PEFT_FILE
@@ -185,8 +185,8 @@ def lora_file(path):
 
 
 def read_lora(file):
-    """The tensors of a LoRA file {key: tensor}, keys relative to the UNet, and its alpha, None if it is the
-    rank. Raises ModelError for scales that alpha / rank does not describe."""
+    """The tensors of a LoRA file {key: tensor}, keys relative to the UNet, and its alpha, or None if the file
+    has none. Raises ModelError for scales that alpha / rank does not describe."""
     metadata = {}
     tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
                for key, tensor in read_safetensors([file], metadata)}
@@ -241,10 +241,10 @@ def load_lora(unet, path, whole=True):
 
 
 def load_student(path, unet, variant=None):
-    """The distilled network at `path`, in the dtype and on the device of `unet`, its pipeline's UNet.
+    """The distilled UNet at `path`, in the dtype and on the device of `unet`, the UNet of its teacher.
 
     path: a UNet (folder, hub id, or a file with diffusers' keys), or a LoRA (folder or file), which is merged
-    into `unet`. variant: of a folder that has it, as its pipeline may. Raises ModelError.
+    into `unet`. variant: weights to read, if the folder at `path` has such files. Raises ModelError.
     """
     file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
     if not file.is_file():

@@ -4,14 +4,14 @@
     pseudo_huber            reconstruction (stage 1, Eq. 7) and consistency (stage 2, Eq. 10)
     consistency_weight      lambda(t_n) of Eq. 10
 
-OSV, arXiv 2409.11367. The two stages use the same equations. They differ in what is real (data, or the output
+OSV, arXiv 2409.11367. The two stages use the same equations. They differ in the real clips (data, or outputs
 of the EMA student) and in the weight of the distance.
 """
 
 
 def hinge_d(logits_real, logits_fake):
     """The discriminator's loss: mean relu(1 - D(real)) + mean relu(1 + D(fake)). Eqs. 6 and 9. Logits of any
-    shape; the loss is 2 where D is 0."""
+    shape; the loss is 2 if all logits are 0."""
     return (1 - logits_real.float()).relu().mean() + (1 + logits_fake.float()).relu().mean()
 
 
@@ -37,7 +37,7 @@ def pseudo_huber(x, y, c, weight=None):
 
 
 def consistency_weight(sigma_t, sigma_s, exponent=0.1):
-    """lambda(t_n) of Eq. 10: (1 / (sigma_t - sigma_s)) ^ exponent for each clip [b] -> [b].
+    """The weight lambda(t_n) of Eq. 10, (1 / (sigma_t - sigma_s)) ^ exponent, of each clip: [b], [b] -> [b].
 
     Exponent 1 is iCT's weight (arXiv 2310.14189). On SVD's grid the high noise levels, where one-step
     sampling starts, then have 1/20,000 of the weight of the lowest one. 0.1 (AnimateLCM) keeps all weights

@@ -4,14 +4,14 @@
     VAE             encodes frames one by one, decodes the frames of a clip together   vae/
     ImageEncoder    CLIP's vision transformer: a picture becomes one embedding         image_encoder/
     Cond            the conditions of a clip; made by encode_condition
-    load_*, save_*  folders in the diffusers layout, which holds the sub-folders on the right
+    load_*, save_*  read and write the sub-folders on the right, in the diffusers layout
 
 SVD extends an image model to video. Each layer that sees a single frame is followed by a layer that sees
 the history of a single pixel, and a learned weight mixes the two results (TimeMixer). Between layers the
 frames are part of the batch, (b f) c h w; temporal layers regroup them.
 
 This file is the specification: it is written to be read. support/kernels.py has faster versions of the same
-layers with the same parameters, and `fast(net)` puts them in. Attribute names are those of the published
+layers with the same parameters, and `fast(net)` swaps them in. Attribute names are those of the published
 checkpoint, so loading is a strict load_state_dict without any renaming.
 
 Letters in shape comments: b clips, f frames, c d channels, h w latent size, s = h w pixels, H W frame size,
@@ -33,14 +33,14 @@ from torch.utils.checkpoint import checkpoint
 
 from support.checkpoint import ASSETS, ModelError, find_folder, load_network, save_network
 
-NORM_GROUPS = 32                                                                # of every GroupNorm in SVD
+NORM_GROUPS = 32                                                                # in every GroupNorm of SVD
 
 # ---------------------------------------------------------------------------------------------------------
 # Layers shared by UNet and VAE
 
 
 def sinusoid(x, dim):
-    """Sinusoidal embedding of x [n] -> [n dim]: cosines, then sines, of periods from 2 pi to 2 pi 10^4."""
+    """Sinusoidal embedding of x [n] -> [n dim]: cosines, then sines, with periods from 2 pi to 2 pi 10^4."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angles = x.float()[:, None] * frequencies                                   # n dim/2
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                      # n dim
@@ -61,7 +61,7 @@ class MLP(nn.Module):
 class ResBlock(nn.Module):
     """Residual block on single frames, (b f) c h w: norm, SiLU and 3x3 convolution, twice.
 
-    The embedding `emb` of noise level and time ids, if the network has one, shifts the channels in between.
+    In the UNet, the embedding `emb` [b d] of noise level and time ids shifts the channels between the two.
     """
 
     conv = partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -86,7 +86,7 @@ class ResBlock(nn.Module):
 
 
 class TemporalResBlock(ResBlock):
-    """The same block along time, b c f h w: convolutions over 3 frames; norms see all frames of a clip."""
+    """ResBlock along time, b c f h w: convolutions over 3 frames; norms see all frames of a clip."""
 
     conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
 
@@ -94,8 +94,8 @@ class TemporalResBlock(ResBlock):
 class TimeMixer(nn.Module):
     """Weighted mean of a spatial and a temporal result. The weight is learned: sigmoid(mix_factor).
 
-    In the UNet it is the weight of the spatial result. The VAE's checkpoint stores the weight of the temporal
-    one instead: stores_temporal.
+    In the UNet, sigmoid(mix_factor) is the weight of the spatial result. In the VAE it is the weight of the
+    temporal result instead: stores_temporal is True.
     """
 
     def __init__(self, mix_factor=0.5, stores_temporal=False):
@@ -112,7 +112,7 @@ class TimeMixer(nn.Module):
 
 
 class SpatioTemporalResBlock(nn.Module):
-    """A ResBlock on frames, then a TemporalResBlock on its result, mixed with that result."""
+    """A ResBlock on frames, then a TemporalResBlock on its output; TimeMixer mixes both outputs."""
 
     def __init__(self, c_in, c_out, c_emb=None, eps=1e-6, temporal_eps=None, mixer=TimeMixer):
         super().__init__()
@@ -186,9 +186,9 @@ class Upsample(nn.Module):
 class ContextAttention(Attention):
     """Cross-attention to the image embedding, which is a single token.
 
-    The softmax over one key is 1 for every query. So attention returns to_out(to_v(context)) whatever the
-    query is: one row per clip instead of one per pixel, exactly. to_q, to_k and the norm before them have no
-    influence and no gradient. They stay because the checkpoint holds them.
+    The softmax over one key is 1 for every query. So attention returns exactly to_out(to_v(context)),
+    whatever the query is: one row per clip instead of one per pixel. to_q, to_k and the norm before them have
+    no influence and no gradient. They stay because the checkpoint holds them.
     """
 
     def forward(self, context):                                                 # b 1 d
@@ -196,7 +196,7 @@ class ContextAttention(Attention):
 
 
 class GEGLU(nn.Module):
-    """Linear layer whose one half is gated by GELU of the other (Shazeer, arXiv 2002.05202)."""
+    """Gated linear layer: half of its output times GELU of the other half (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -208,11 +208,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """c -> 4 c -> c, x [b f s c]."""
+    """Feed-forward network c -> 4 c -> c with GEGLU, x [b f s c]."""
 
     def __init__(self, c):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))      # 1 was a dropout
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))      # net.1 was dropout
 
     def forward(self, x):
         return self.net(x)
@@ -239,7 +239,7 @@ class SpatialTransformerBlock(nn.Module):
 
 
 class TemporalTransformerBlock(SpatialTransformerBlock):
-    """The same block along time, with one more feed-forward in front."""
+    """SpatialTransformerBlock along time, with one more feed-forward in front."""
 
     attention = TemporalAttention
 
@@ -253,7 +253,7 @@ class TemporalTransformerBlock(SpatialTransformerBlock):
 
 
 class SpatioTemporalTransformer(nn.Module):
-    """Pairs of a spatial and a temporal transformer block, mixed, inside one residual connection."""
+    """Spatial and temporal transformer blocks in pairs, mixed by TimeMixer, in one residual connection."""
 
     def __init__(self, c, num_heads, num_layers, c_context):
         super().__init__()
@@ -281,9 +281,9 @@ class SpatioTemporalTransformer(nn.Module):
 class UNetBlock(nn.Module):
     """One resolution of the UNet: layers of one residual block and, where attention is used, one transformer.
 
-    down() appends the output of each layer to `skips`. up() joins the input of each layer with the last
-    entry of `skips`. With `checkpointing` a layer keeps only its input for the backward pass and computes
-    everything else again: same gradients, a third more time, a fraction of the memory.
+    down() appends the output of each layer to `skips`. up() removes the last entry of `skips` for each layer
+    and concatenates it to the layer's input. With `checkpointing` a layer keeps only its input for the
+    backward pass and computes the rest again: same gradients, a third more time, a fraction of the memory.
     """
 
     checkpointing = False
@@ -304,7 +304,7 @@ class UNetBlock(nn.Module):
     def run_layer(self, i, x, *rest):
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self.layer(i, x, *rest)
-        # Reentrant checkpointing has less overhead than the other kind, and a CUDA graph can record it. It
+        # Reentrant checkpointing has less overhead than non-reentrant, and a CUDA graph can record it. It
         # passes gradients on only if one of its inputs requires them.
         inputs = i, x if x.requires_grad else x.detach().requires_grad_(), *rest
         return checkpoint(self.layer, *inputs, use_reentrant=True, preserve_rng_state=False)
@@ -358,8 +358,8 @@ class UNet(nn.Module):
         self.time_embedding = MLP(c_first, c_emb, c_emb)
         self.add_embedding = MLP(projection_class_embeddings_input_dim, c_emb, c_emb)
 
-        # The way down keeps the output of conv_in, of every layer and of every downsampler. The way up joins
-        # them in reverse order, so each resolution has one layer more there.
+        # The way down keeps the outputs of conv_in, of every layer and of every downsampler. The way up has
+        # one layer per kept output, in reverse order: each resolution has one layer more there.
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         c, c_skips = c_first, [c_first]
         for i, kind in enumerate(down_block_types):
@@ -389,7 +389,7 @@ class UNet(nn.Module):
     def forward(self, x, c_noise, image_embeds, time_ids):
         """Raw output F_x of the network.
 
-        x             b f 8 h w   c_in-scaled noisy latent, then the condition latent; h, w multiples of 8
+        x             b f 8 h w   channels: c_in-scaled noisy latent, condition latent; h, w multiples of 8
         c_noise       b           0.25 ln(sigma)
         image_embeds  b 1 d       CLIP embedding of the first frame
         time_ids      b 3         (fps - 1, motion bucket, noise augmentation)
@@ -397,15 +397,15 @@ class UNet(nn.Module):
         """
         dtype_in, num_frames = x.dtype, x.shape[1]
         skips, emb, context = self.encode(x, c_noise, image_embeds, time_ids)
-        x = self.mid_block.down(skips[-1], [], num_frames, emb, context)        # it has no skip connections
+        x = self.mid_block.down(skips[-1], [], num_frames, emb, context)        # without skip connections
         for block in self.up_blocks:
             x = block.up(x, skips, num_frames, emb, context)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 4 h w
         return rearrange(x, "(b f) c h w -> b f c h w", f=num_frames).to(dtype_in)
 
     def encode(self, x, c_noise, image_embeds, time_ids):
-        """The way down. Returns the output of each layer, (b f) c h w, the embedding emb [b d] of noise level
-        and time ids, and the context [b 1 d]."""
+        """Runs the way down -> the list of its outputs (b f) c h w for the skip connections, the embedding
+        emb [b d] of noise level and time ids, and the context [b 1 d]."""
         num_clips, num_frames, _, height, width = x.shape
         stride = 2 ** (len(self.down_blocks) - 1)
         assert height % stride == 0 and width % stride == 0, \
@@ -462,8 +462,8 @@ class VAEBlock(nn.Module):
 
 
 class VAEMiddle(nn.Module):
-    """The lowest resolution: attention between two residual blocks. (A checkpoint may hold more of the
-    latter. The reference implementation never runs them, so this one does not either.)"""
+    """The lowest resolution: attention between two residual blocks. (With more residual blocks than two, the
+    others are not run. With a single one, the attention is not run. diffusers does the same.)"""
 
     def __init__(self, resnets, attention):
         super().__init__()
@@ -557,8 +557,8 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, frames):
-        """frames [n 3 H W] in [-1, 1] -> mode [n 4 h w], unscaled. Five frames of 1024x576 are encoded at a
-        time, so that memory does not grow with their number."""
+        """frames [n 3 H W] in [-1, 1] -> latents [n 4 h w], unscaled: the posterior's mode. Five frames of
+        1024x576 are encoded at a time, so that memory does not grow with their number."""
         return torch.cat([self.moments(part)[0] for part in frames.split(1 + 8_000_000 // frames[0].numel())])
 
     def decode(self, latents, num_frames):
@@ -596,13 +596,13 @@ class CLIPLayer(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's vision transformer with its projection. Computes what transformers'
-    CLIPVisionModelWithProjection computes, under the same names. Importing that takes seconds.
+    """CLIP's vision transformer with its projection. The same network as transformers'
+    CLIPVisionModelWithProjection, with the same parameter names, but without an import that takes seconds.
 
-    config: the keys of image_encoder/config.json; those that only training needs are kept and not used.
+    config: the keys of image_encoder/config.json; keys that only training needs are stored but not used.
     """
 
-    class_name, file_stem = None, "model"                                       # as transformers has it
+    class_name, file_stem = None, "model"                                       # in transformers
 
     def __init__(self, **config):
         super().__init__()
@@ -622,7 +622,7 @@ class ImageEncoder(nn.Module):
         self.visual_projection = nn.Linear(c, config["projection_dim"], bias=False)
 
     def forward(self, pixels):
-        """pixels [b 3 S S], S = image_size, normalised with CLIP's mean and deviation -> [b d]."""
+        """pixels [b 3 S S], S = image_size, normalised with CLIP_MEAN and CLIP_STD -> [b d]."""
         net, embeddings = self.vision_model, self.vision_model.embeddings
         patches = rearrange(embeddings.patch_embedding(pixels), "b c h w -> b (h w) c")
         x = torch.cat((embeddings.class_embedding.expand(len(pixels), 1, -1), patches), dim=1)      # b s c
@@ -634,7 +634,7 @@ def clip_pixels(images):
     """images [n 3 H W] in [-1, 1] -> the image encoder's input [n 3 224 224].
 
     SVD's own resize: the whole image is squashed to a square by bicubic interpolation with aligned corners.
-    A Gaussian blur of standard deviation (factor - 1) / 2 per axis prevents aliasing.
+    Before it, a Gaussian blur of standard deviation (size / 224 - 1) / 2 along each axis prevents aliasing.
     """
     for _ in range(2):                                                          # along rows, then columns
         std = max((images.shape[3] / CLIP_SIZE - 1) / 2, 0.001)
@@ -657,7 +657,7 @@ class Cond(NamedTuple):
     """The conditions of a clip: what the UNet gets besides the noisy latent."""
 
     image_embeds: torch.Tensor      # b 1 d      CLIP embedding of the clean image
-    image_latents: torch.Tensor     # b f 4 h w  mode of the noise-augmented image, unscaled, on each frame
+    image_latents: torch.Tensor     # b f 4 h w  latent of the noise-augmented image, unscaled, for each frame
     time_ids: torch.Tensor          # b 3        fps - 1, motion bucket, noise augmentation
 
 
@@ -669,7 +669,7 @@ def default_size(unet):
 
 
 def unconditional(cond):
-    """The same clip without its image: zero embedding and zero latents, as in SVD's training dropout."""
+    """The conditions without the image: zero embedding and zero latents, as in SVD's training dropout."""
     return cond._replace(image_embeds=torch.zeros_like(cond.image_embeds),
                          image_latents=torch.zeros_like(cond.image_latents))
 

@@ -89,10 +89,10 @@ def time_travel(net, cond, sigma_t, sigma_s, generator, readout="look_ahead"):
     readout selects what is returned:
         "look_ahead"    f', the default.
         "printed"       Eq. 13 as printed. It weights the second raw output with the scalings of sigma_t. The
-                        remainder, -c_skip(sigma_s) x_s, is visible as noise unless sigma_s is large.
+                        term -c_skip(sigma_s) x_s remains, visible as noise unless sigma_s is large.
         "v1"            Eq. 11 of version 1 of the paper, which adds no noise between the evaluations. The
-                        first evaluation is told sigma_s although its input has noise level sigma_t, and the
-                        second takes the first estimate as if it were x_t.
+                        first evaluation gets sigma_s although its input has noise level sigma_t; the second
+                        gets sigma_t although its input is the first estimate, without noise.
     """
     shape, device = cond.image_latents.shape, cond.image_latents.device
     x_t = sigma_t * draw_noise(shape, generator, device)                        # b f 4 h w
@@ -115,7 +115,7 @@ def sample_teacher(net, cond, sigmas, generator, guidance=None, progress=iter):
     """A teacher's samples x0 [b f 4 h w]: the guided Euler solver (OSV Eq. 8), starting from noise.
 
     SVD is used with sigmas = karras_sigmas(25). guidance: None, a number, a tensor (see solver.guided), or
-    (low, high), which grows linearly from the first frame to the last. progress: wraps the loop (tqdm).
+    (low, high), to grow linearly from the first frame to the last. progress: wraps the loop (tqdm).
     """
     shape, device = cond.image_latents.shape, cond.image_latents.device
     if isinstance(guidance, tuple):
@@ -148,8 +148,8 @@ class Sheets:
     """Sample pictures of a training run. Each row shows the same clips: real, from the teacher, from one step
     of the student, and from one step with the Time Travel Sampler.
 
-    net: must be the teacher when the object is made and the student when `save` is called. x0 [n f 4 h w] and
-    cond: real clips. seed: of the first clip; the others use the following numbers.
+    net must be the teacher when the object is made and the student when `save` is called. x0 [n f 4 h w] and
+    cond: real clips. seed: of the first clip; later clips use the next numbers.
     """
 
     def __init__(self, net, vae, x0, cond, teacher_steps, seed):
@@ -185,17 +185,17 @@ def make_parser():
 
     flag = parser.add_argument_group("what").add_argument
     flag("--image", nargs="+", required=True, metavar="IN", help="pictures, folders of them, or - for stdin")
-    flag("--out", type=Path, default="out.mp4", help=".mp4, .gif or .png; several get picture and seed added")
+    flag("--out", type=Path, default="out.mp4", help=".mp4, .gif, .png; picture and seed added if several")
     flag("--num_videos", type=number(1, 1000), default=1, help="videos per picture, with consecutive seeds")
     flag("--gallery", type=Path, metavar="PNG", help="also write one contact sheet with a row per video")
     flag("--save_latents", action="store_true", help="also write the latents, as .safetensors")
     flag("--num_frames", type=number(1, 1000), help="length (default: what the model was trained for)")
     flag("--width", type=number(64, 8192), help="pixels (default: 1024 for SVD, 128 in the toy world)")
-    flag("--height", type=number(64, 8192), help="pixels (default: 576 or 128); both become multiples of 64")
+    flag("--height", type=number(64, 8192), help="pixels (default: 576 or 128); multiples of 64, toy: 16")
     flag("--fps", type=number(1, 60), default=7, help="frames per second")
     flag("--motion_bucket_id", type=number(0, 255), default=127, help="amount of motion, 1 to 255")
     flag("--noise_aug_strength", type=number(0.0, 10.0), default=0.02, help="noise on the picture")
-    flag("--seed", type=number(0, 2 ** 63), default=0, help="of the first video; later ones count up from it")
+    flag("--seed", type=number(0, 2 ** 63), default=0, help="of the first video; + 1 for each later one")
 
     flag = parser.add_argument_group("with which model").add_argument
     flag("--model", default="toy", help=f"toy, a folder in the diffusers layout, or a hub id such as {SVD}")
@@ -207,9 +207,9 @@ def make_parser():
     flag = parser.add_argument_group("how").add_argument
     flag("--steps", type=number(1, 1000), help="solver steps (default: 1 for a student, 25 for a teacher)")
     flag("--tts", action="store_true", default=None, help="Time Travel Sampler (default: on with --steps 1)")
-    flag("--no_tts", dest="tts", action="store_false", default=None, help="a one-step student runs once")
-    flag("--min_guidance_scale", type=number(0.0, 100.0), default=1.0, help="teacher's, on the first frame")
-    flag("--max_guidance_scale", type=number(0.0, 100.0), default=3.0, help="on the last; 1, 1: no guidance")
+    flag("--no_tts", dest="tts", action="store_false", default=None, help="one step, one network evaluation")
+    flag("--min_guidance_scale", type=number(0.0, 100.0), default=1.0, help="of the teacher, first frame")
+    flag("--max_guidance_scale", type=number(0.0, 100.0), default=3.0, help="last frame; 1, 1: no guidance")
     flag("--decode_chunk_size", type=number(1, 1000), help="frames at once; fewer save memory (default: all)")
     flag("--offload", action="store_true", help="keep each network on the GPU only while it runs")
     flag("--cuda_graph", action="store_true", help="record the UNet as a CUDA graph; fast after 4 calls")
@@ -227,7 +227,7 @@ def parse_args(argv=None):
         if file and not file.parent.is_dir():
             fail(f"{file}: there is no folder {file.parent}")
     if args.teacher and (args.student or args.tts):
-        fail(f"--teacher does not go with {'--student' if args.student else '--tts'}, which needs a student")
+        fail(f"--teacher does not go with {'--student' if args.student else '--tts'}: leave one of them out")
     if args.offload and args.cuda_graph:
         fail("--offload does not go with --cuda_graph: a recorded graph needs the weights to stay in place")
     if args.tts and args.steps not in (None, 1):
@@ -268,7 +268,7 @@ def load_networks(args, dtype):
 
 
 def choose_size(args, unet):
-    """(width, height) of the video in pixels: multiples of what the VAE and the UNet's levels divide by."""
+    """(width, height) of the video in pixels, multiples of the total downsampling of VAE and UNet."""
     stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
     default = model.default_size(unet)
     asked = args.width or default[0], args.height or default[1]
@@ -297,13 +297,13 @@ def choose_sampler(args, net, device):
 
 
 def progress_bar(name):
-    """Wraps a sequence in a progress bar, on a terminal and if it has more than one element."""
+    """A function that adds a progress bar to a sequence, if it has two elements or more, on a terminal."""
     return lambda steps: tqdm(steps, name, leave=False, disable=len(steps) < 2 or None)
 
 
 @contextmanager
 def on_device(net, device, offload):
-    """The network is on the device inside the block, and with `offload` back on the CPU after it."""
+    """Moves a network to the device inside a with statement, and with `offload` back to the CPU after it."""
     yield net.to(device)
     if offload:
         net.to("cpu")

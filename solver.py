@@ -36,9 +36,9 @@ def karras_sigmas(n, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
 
 
 def strided(sigmas, k):
-    """The k-step grid inside a fine one [n + 1]: every floor(n / k)-th level from the top, then 0 -> [k + 1].
+    """The k-step grid inside `sigmas` [n + 1]: every floor(n / k)-th level from the top, then 0 -> [k + 1].
 
-    Students are sampled on it. Each level is one that the student was trained at, and the last step, to 0,
+    Students are sampled on this grid. They were trained at each of its levels, and the last step, to 0,
     stays long. (karras_sigmas(k) would end at sigma_min: for k = 2 its second step starts from 0.002, where
     almost no noise is left to remove.)
     """
@@ -76,7 +76,7 @@ def precondition(sigma):
 
 
 def consistency(net, x_t, sigma, cond):
-    """f_theta(x_t, sigma) = c_skip x_t + c_out F_theta(c_in x_t; c_noise, cond), OSV Eq. 4.
+    """Clean latent f_theta(x_t, sigma) = c_skip x_t + c_out F_theta(c_in x_t; c_noise, cond), OSV Eq. 4.
 
     For a distilled student this is the clean latent at the end of the ODE. For a teacher it is the mean of
     all clean latents that x_t may come from ("denoised").
@@ -93,7 +93,7 @@ def guided(net, x_t, sigma, cond, guidance=None):
     """Classifier-free guidance: f_uncond + w (f_cond - f_uncond), both in one batch (OSV section 4.2).
 
     guidance: w, a number or a tensor that broadcasts to b f 1 1 1; SVD increases w linearly over the frames.
-    None turns guidance off, at half the cost: f_cond alone. x_t [b f c h w] -> denoised [b f c h w].
+    None turns guidance off: f_cond alone, at half the cost. x_t [b f c h w] -> denoised [b f c h w].
     """
     if guidance is None:
         return consistency(net, x_t, sigma, cond)
@@ -108,12 +108,12 @@ def guided(net, x_t, sigma, cond, guidance=None):
 
 
 def euler_step(x_t, denoised, sigma_t, sigma_s):
-    """One Euler step of dx / d sigma = (x - denoised) / sigma from sigma_t to sigma_s (EDM Eq. 3):
+    """Takes one Euler step of dx / d sigma = (x - denoised) / sigma from sigma_t to sigma_s (EDM Eq. 3):
 
         x_s = x_t + (sigma_s - sigma_t) / sigma_t (x_t - denoised)
             = denoised + sigma_s / sigma_t (x_t - denoised)
 
-    The second form is the one computed. It has no difference of large numbers: a step to 0 returns exactly
+    The second form is the one computed. In it no large numbers cancel: a step to 0 returns exactly
     `denoised`. x_t, denoised [b f c h w] -> x_s [b f c h w].
     """
     return denoised + per_clip(sigma_s, x_t) / per_clip(sigma_t, x_t) * (x_t - denoised)        # EDM Eq. 3
@@ -121,7 +121,7 @@ def euler_step(x_t, denoised, sigma_t, sigma_s):
 
 @torch.no_grad()
 def solve(teacher, x_t, sigmas, cond, guidance=None, progress=iter):
-    """len(sigmas) - 1 Euler steps of the guided teacher, from sigmas[0] to sigmas[-1] (OSV Eq. 8).
+    """Takes len(sigmas) - 1 Euler steps of the guided teacher, from sigmas[0] to sigmas[-1] (OSV Eq. 8).
 
     sigmas [m + 1], or [m + 1, b] with a grid per clip. A step that starts at sigma 0 leaves x unchanged, so a
     grid may be padded with zeros. progress: wraps the loop (tqdm). x_t [b f c h w] -> x_s [b f c h w].

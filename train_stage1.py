@@ -7,8 +7,8 @@ OSV (arXiv 2409.11367), Eqs. 6 and 7.
 Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is x0, fake is f_theta(x_t, sigma_t).
 
 Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
-disc.safetensors for stage 2, and merged/, a UNet folder for `sampler.py --student`. The same command again
-resumes. `diff train_stage1.py train_stage2.py` shows what the second stage does differently.
+disc.safetensors, from which stage 2 can start, and merged/, a UNet folder for `sampler.py --student`. The
+same command again resumes. `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
 from pathlib import Path
@@ -94,7 +94,7 @@ net.set_checkpointing(args.gradient_checkpointing)
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-# The whole state of a run: the noise and the order of clips are functions of the step.
+# The whole state of a run. Noise and the order of clips need none: they are functions of the step.
 state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
 run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda step: sheets.save(args.output_dir, step, data.FPS))
@@ -103,14 +103,14 @@ run.announce(net, theta.masters, psi)
 
 # ---- One step -------------------------------------------------------------------------------------------
 
-# x_t: noised clips. x_real: real to the discriminator. x_target: what the student should answer (each
-# b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
+# x_t: noised clips, x_real: clips that the discriminator should call real, x_target: the student's target
+# (each b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
 Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight")
 
 
 @torch.no_grad()
 def prepare(numbers):
-    """Draws clips `numbers` [b], noise levels and noise, all as functions of the numbers -> Batch."""
+    """Draws clips `numbers` [b], noise levels and noise, all functions of seed and number -> Batch."""
     x0, cond = latents.take(numbers)                                            # b f c h w
     i = (engine.uniforms(args.seed, numbers, 11, 1)[:, 0] * NUM_SIGMAS).long()
     sigma_t = sigmas[i.to(device)]                                              # b
@@ -121,7 +121,7 @@ def prepare(numbers):
 
 
 def d_step(x_t, sigma_t, x_real, *cond):
-    """Gradients of the discriminator. x0_pred is detached, so the student receives none."""
+    """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
     cond = model.Cond(*cond)
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
@@ -134,7 +134,7 @@ def d_step(x_t, sigma_t, x_real, *cond):
 
 
 def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
-    """Gradients of the student. They pass through the discriminator, whose own weights are frozen."""
+    """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
     cond = model.Cond(*cond)
     if x0_pred is None:
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
@@ -155,7 +155,7 @@ if args.cuda_graph and device.type == "cuda" and one_forward:
 
 decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
 while run.step < args.max_train_steps and not run.stopped:
-    # ---- Draw: each step and rank has clip numbers of its own, and a seed for the noise of UNetFeatures
+    # ---- Draw: each step and rank has its own clip numbers, and its own seed for the noise of UNetFeatures
     engine.set_learning_rate(opt, args.learning_rate, run.step, args.warmup_steps, decay_steps)
     engine.set_learning_rate(opt_d, args.lr_d, run.step, args.warmup_steps, decay_steps)
     torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
@@ -186,7 +186,7 @@ while run.step < args.max_train_steps and not run.stopped:
 
     run.after_step(finite and finite_d, grad_norm=norm, grad_norm_d=norm_d)
 
-# ---- Files for stage 2 and the sampler ------------------------------------------------------------------
+# ---- Final weights, for stage 2 and the sampler ---------------------------------------------------------
 
 if world.rank == 0 and run.step >= args.max_train_steps:
     engine.publish(args.output_dir, net, theta, psi | psi_buffers, lora=args.train == "lora")

@@ -1,4 +1,4 @@
-"""Stage 2: adversarial consistency latent distillation. The student learns to end where the teacher ends.
+"""Stage 2: adversarial consistency latent distillation. The student jumps to the end of the teacher's ODE.
 OSV (arXiv 2409.11367), Eqs. 8 to 10.
 
     $ python train_stage2.py                                    # after train_stage1.py; toy world
@@ -6,12 +6,12 @@ OSV (arXiv 2409.11367), Eqs. 8 to 10.
           --output_dir out/lcm                                      # AnimateLCM
 
 Roles: theta = net, theta^- = ema, phi = teacher_weights, psi = disc. The first three are one UNet in memory,
-into which engine.use_weights puts the few weights that differ. Real is what theta^- makes of x_s, which the
-teacher reaches from x_t in m guided Euler steps; fake is f_theta(x_t, sigma_t).
+into which engine.use_weights puts the few weights that differ. Real is f_theta^-(x_s, sigma_s): the teacher
+takes m guided Euler steps from x_t to x_s. Fake is f_theta(x_t, sigma_t).
 
 Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
-disc.safetensors for stage 2, and merged/, a UNet folder for `sampler.py --student`. The same command again
-resumes. `diff train_stage1.py train_stage2.py` shows what the second stage does differently.
+disc.safetensors, from which stage 2 can start, and merged/, a UNet folder for `sampler.py --student`. The
+same command again resumes. `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
 from pathlib import Path
@@ -120,24 +120,24 @@ ema = {name: p.clone() for name, p in theta.tensors().items()}      # theta^- in
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-# The whole state of a run: the noise and the order of clips are functions of the step.
+# The whole state of a run. Noise and the order of clips need none: they are functions of the step.
 state = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers}
 run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda step: sheets.save(args.output_dir, step, data.FPS))
 theta.copy_to_net()
-ema_weights = {name: p.to(dtype) for name, p in ema.items()}        # theta^- as the network computes with it
+ema_weights = {name: p.to(dtype) for name, p in ema.items()}        # theta^- in the dtype of the network
 run.announce(net, theta.masters, psi)
 
 # ---- One step -------------------------------------------------------------------------------------------
 
-# x_t: noised clips. x_real: real to the discriminator. x_target: what the student should answer (each
-# b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
+# x_t: noised clips, x_real: clips that the discriminator should call real, x_target: the student's target
+# (each b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
 Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight")
 
 
 @torch.no_grad()
 def distil(x_t, grid, guidance, *cond):
-    """x_target: the teacher solves from x_t to x_s, then theta^- jumps from x_s to the end."""
+    """x_target: the teacher solves from x_t to x_s, then theta^- maps x_s to the clean latent."""
     cond = model.Cond(*cond)
     with engine.use_weights(theta.net_weights, teacher_weights), lora.without_lora(net):
         x_s = solve(net, x_t, grid, cond, guidance)                             # b f c h w, Eq. 8
@@ -147,7 +147,7 @@ def distil(x_t, grid, guidance, *cond):
 
 @torch.no_grad()
 def prepare(numbers):
-    """Draws clips `numbers` [b], noise levels and noise, all as functions of the numbers -> Batch."""
+    """Draws clips `numbers` [b], noise levels and noise, all functions of seed and number -> Batch."""
     x0, cond = latents.take(numbers)                                            # b f c h w
     i, low, high = engine.uniforms(args.seed, numbers, 11, 3).to(device).T      # b each
     steps = torch.arange(args.num_solver_steps + 1, device=device)[:, None]     # m+1 1
@@ -166,7 +166,7 @@ def prepare(numbers):
 
 
 def d_step(x_t, sigma_t, x_real, *cond):
-    """Gradients of the discriminator. x0_pred is detached, so the student receives none."""
+    """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
     cond = model.Cond(*cond)
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
@@ -179,7 +179,7 @@ def d_step(x_t, sigma_t, x_real, *cond):
 
 
 def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
-    """Gradients of the student. They pass through the discriminator, whose own weights are frozen."""
+    """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
     cond = model.Cond(*cond)
     if x0_pred is None:
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
@@ -201,7 +201,7 @@ if args.cuda_graph and device.type == "cuda" and one_forward:
 
 decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
 while run.step < args.max_train_steps and not run.stopped:
-    # ---- Draw: each step and rank has clip numbers of its own, and a seed for the noise of UNetFeatures
+    # ---- Draw: each step and rank has its own clip numbers, and its own seed for the noise of UNetFeatures
     engine.set_learning_rate(opt, args.learning_rate, run.step, args.warmup_steps, decay_steps)
     engine.set_learning_rate(opt_d, args.lr_d, run.step, args.warmup_steps, decay_steps)
     torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
@@ -236,7 +236,7 @@ while run.step < args.max_train_steps and not run.stopped:
 
     run.after_step(finite and finite_d, grad_norm=norm, grad_norm_d=norm_d)
 
-# ---- Files for stage 2 and the sampler ------------------------------------------------------------------
+# ---- Final weights, for stage 2 and the sampler ---------------------------------------------------------
 
 if world.rank == 0 and run.step >= args.max_train_steps:
     engine.publish(args.output_dir, net, theta, psi | psi_buffers, lora=args.train == "lora")

@@ -9,7 +9,7 @@ does in many steps, and the output of a network changes about as evenly as its i
 futures it shows a blend of both. Three rows per clip: the teacher, the student in one step, the student
 with the Time Travel Sampler, which evaluates the network once more on its first answer.
 
-Prints, and writes beside the picture as JSON, how uneven each row changes: the largest change between
+Prints, and writes beside the picture as JSON, how unevenly each row changes: the largest change between
 neighbours divided by the mean change, averaged over clips. 1 means that all changes are equal; with 12
 changes, 12 means that one of them is all the change.
 """

@@ -84,7 +84,7 @@ held_out = encode_once(vae, image_encoder, data.HELD_OUT, args.num_clips, num_fr
 
 
 def real_clips(future):
-    """b f 3 H W: the held-out clips (future 0), or other futures of the same first frames."""
+    """b f 3 H W: held-out first frames with one of their futures, by number: other directions, same speed."""
     return toy_clips(data.HELD_OUT, numbers, num_frames, size, motion_seed=data.HELD_OUT + future).frames
 
 

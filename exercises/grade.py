@@ -1,9 +1,9 @@
-"""Grades answers: your own, or a class.
+"""Grades answers: your own, or those of a class.
 
     $ python exercises/grade.py                                 # exercises/: what passes, what is next
     $ python exercises/grade.py submissions --csv grades.csv    # each folder in submissions/ that has ex*.py
 
-An exercise is worth as many points as its difficulty, in proportion to its tests that pass. Answers are
+An exercise is worth as many points as its difficulty, times the share of its tests that pass. Answers are
 programs: run those of a class in a container, or as a user without rights.
 """
 import argparse

@@ -1,4 +1,4 @@
-"""Why guidance ruins a student: its video with the picture, its video without, and the points on a line
+"""Shows why guidance ruins a student: its video with the picture, its video without, and points on the line
 through the two.
 
     $ python exercises/guidance.py                                     # a minute on a CPU

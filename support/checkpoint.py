@@ -1,6 +1,6 @@
 """Weights on disk: safetensors files, folders in the diffusers layout, shards, the hub, strict loading.
 
-    find_folder         path or hub id -> local folder of one network
+    find_folder, fetch  path or hub id -> local folder of one network; downloads from the hub
     load_network        config.json and weights of a folder -> network
     save_network        network -> folder
     load_weights        safetensors files -> network; every key and shape must match
@@ -55,12 +55,12 @@ def load_network(cls, folder, variant, dtype, device):
 def load_weights(net, files, where, dtype, device):
     """Loads safetensors files into `net`, strictly: no key may be missing, unexpected or of another shape.
 
-    Tensors are converted one by one while they are read, and the network takes them over, so there is never
-    a second copy of all weights. where: the place that error messages name. Raises ModelError.
+    Tensors are converted one by one while they are read, and become the parameters without another copy, so
+    memory never holds all weights twice. where: the place that error messages name. Raises ModelError.
     """
     expected, tensors = net.state_dict(), {}
     for key, tensor in read_safetensors(files):
-        if key.endswith("embeddings.position_ids"):                     # a constant in older files of CLIP
+        if key.endswith("embeddings.position_ids"):                     # a constant in older CLIP files
             continue
         if key not in expected:
             raise ModelError(f"{where}: key {key} is not part of the {type(net).__name__} in config.json")
@@ -77,8 +77,8 @@ def load_weights(net, files, where, dtype, device):
 
 
 def save_network(net, folder, dtype=None, variant=None):
-    """Writes config.json and the weights of a network to a folder that diffusers or transformers opens with
-    the class of that name. dtype: converts the weights. Raises ModelError if there are LoRA layers."""
+    """Writes config.json and the weights of a network to a folder that its class in diffusers or transformers
+    opens. dtype: converts the weights. Raises ModelError if there are LoRA layers."""
     tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in net.state_dict().items()}
     if any(".lora_" in key for key in tensors):
         raise ModelError("the network has LoRA layers: merge_lora it first, or save_lora the update alone")
@@ -95,7 +95,7 @@ def save_network(net, folder, dtype=None, variant=None):
 def find_folder(path, name, variant, revision):
     """The local folder of network `name` ("unet", "vae", "image_encoder") of a pipeline.
 
-    path: the network's folder, its pipeline's folder, or a hub id. Of a hub id only the sub-folder `name` is
+    path: the network's folder, its pipeline's folder, or a hub id. From the hub only the sub-folder `name` is
     fetched, into the cache in HF_HOME; with HF_HUB_OFFLINE=1 only the cache is used. Raises ModelError.
     """
     path, local = str(path), Path(path)
@@ -122,7 +122,7 @@ def fetch(hub_id, name, variant, revision):
     patterns = [f"{name}/config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", "LICENSE*"]
     try:
         return snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
-    except Exception as error:                                  # offline, proxy, revision, bad name too
+    except Exception as error:                                  # also offline, proxy, bad revision or name
         hints = {
             GatedRepoError: "accept its licence on its hub page, log in with `hf auth login` or set HF_TOKEN",
             RepositoryNotFoundError: "neither a folder here nor a model on the hub that you can see: log in?"}
@@ -155,8 +155,8 @@ def weight_files(folder, variant):
 
 
 def read_safetensors(files, metadata=None):
-    """Yields (key, tensor) of each file, memory-mapped. metadata: a dictionary to update with the files'
-    own. Raises ModelError."""
+    """Yields every (key, tensor) of the files, memory-mapped. metadata: a dictionary to which the files'
+    metadata is added. Raises ModelError."""
     for file in map(Path, files):
         if file.suffix in PICKLES:
             raise ModelError(f"{file}: a pickle, which can run code when it is opened: get its .safetensors")
@@ -183,8 +183,8 @@ def read_json(file):
 
 @contextmanager
 def replacing(file):
-    """Yields a temporary name, which becomes `file` at the end. If writing stops half-way, an earlier file of
-    that name is still there. Missing parent folders are made."""
+    """Yields a temporary path, and renames it to `file` at the end. If writing stops half-way, an earlier
+    `file` is unchanged. Missing parent folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
     try:

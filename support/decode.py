@@ -29,7 +29,7 @@ MAX_DECODED = 5000                                  # frames decoded for one cli
 MAX_MEMORY = 4 * 2**30                              # bytes per process
 TIMEOUT = 30                                        # seconds per clip
 TOLERANCE = 2e-3                                    # seconds: some containers round times to milliseconds
-# No playlists and no scripts: these formats can open other files.
+# The list has no playlists or scripts, because these can open other files.
 SAFE = {"protocol_whitelist": "file", "format_whitelist": "mov,matroska,avi,mpeg,mpegts,flv,asf,gif"}
 
 
@@ -40,9 +40,9 @@ class BadVideo(Exception):
 def read_clip(path, start, num_frames, width, height, fps, early=0.0):
     """The clip of `num_frames` frames at `fps` -> (uint8 [f height width 3], facts).
 
-    start: 0 to 1, the position of the clip between the first and the last possible one. If that position
-    cannot be decoded, decoding begins `early` seconds before it; if this fails too, the clip is the beginning
-    of the file. Raises BadVideo.
+    start: 0 to 1, the position of the clip between the first and the last possible one. If decoding from that
+    position fails, it begins `early` = 2 seconds before it; if this fails too, the clip is the beginning of
+    the file. Raises BadVideo.
     """
     span = (num_frames - 1) / fps
     try:
@@ -57,7 +57,7 @@ def read_clip(path, start, num_frames, width, height, fps, early=0.0):
             begin, offset = None, start * (seconds - span - 2 * TOLERANCE)
             if offset > 0:
                 begin = offset + float((stream.start_time or 0) * stream.time_base)
-                container.seek(int((begin - early) / stream.time_base), stream=stream)  # key frame before
+                container.seek(int((begin - early) / stream.time_base), stream=stream)  # to a key frame
             decoded = islice(container.decode(stream), MAX_DECODED)
             frames = [picture(frame, float(stream.sample_aspect_ratio or 1), width, height)
                       for frame in on_display(decoded, begin, num_frames, fps)]
@@ -99,7 +99,7 @@ def picture(frame, aspect, width, height):
     centre, rotated upright. aspect: width / height of a stored pixel."""
     turns = round(frame.rotation / 90) % 4
     if turns % 2:
-        width, height = height, width                                   # before rotation
+        width, height = height, width                                   # the size before rotation
     scale = max(width / (frame.width * aspect), height / frame.height)
     w, h = max(width, round(frame.width * aspect * scale)), max(height, round(frame.height * scale))
     if frame.is_corrupt or max(w * h, frame.width * frame.height) > MAX_PIXELS:
@@ -107,7 +107,7 @@ def picture(frame, aspect, width, height):
     # A frame of 720 or more lines whose colour space is unspecified (2) is in BT.709, as players assume.
     how = dict(src_colorspace=Colorspace.ITU709 if frame.colorspace == 2 and frame.height >= 720 else None,
                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND, format="rgb24", threads=1)
-    if frame.interlaced_frame:                      # odd lines are of a later time: keep the even lines
+    if frame.interlaced_frame:                      # odd lines show a later time: keep the even ones
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.to_ndarray(**how)[::2]))
     top, left = (h - height) // 2, (w - width) // 2
     return np.rot90(frame.to_ndarray(width=w, height=h, **how)[top:top + height, left:left + width], turns)

@@ -1,21 +1,22 @@
 """What both training stages need besides the method: processes, flags, weights, checkpoints, logs.
 
-    start_world, end_world              torch.distributed under torchrun, or a single process
+    start_world, end_world, leave       torch.distributed under torchrun, or a single process
     average, any_rank                   reductions over all ranks
     fail, exit_on_error                 one line on stderr and exit status 2, for every bad input
     number, positive                    argparse types of numbers with limits
-    command_line, training_flags        flags of a script, flags of both stages; start_training parses them
+    command_line, clip_flags            the argument parser of a script; the flags of clips
+    training_flags, start_training      the flags of both stages; parses them and starts the processes
     normal, uniforms                    random numbers as functions of (seed, clip number), without any state
     MasterWeights                       fp32 copies of the trainable weights of a network that may be in bf16
     use_weights, update_ema             other weights in the same network; exponential moving average
-    finite_step                         all-reduce, clip and step, unless a gradient is not finite
+    finite_step, set_learning_rate      all-reduce, clip and step if all gradients are finite; the schedule
     cuda_graph                          the GPU work of a function, recorded once and replayed
     collect, restore                    the state of a run as named tensors, and back
     save_checkpoint, load_checkpoint    safetensors and JSON, written atomically; incomplete ones are skipped
     rewind                              removes what was written after a checkpoint
     Run                                 resumes a run; writes log lines, sample sheets and checkpoints
     publish                             the files for stage 2 and for sampler.py
-    Log                                 one line per interval, metrics.jsonl, and TensorBoard if installed
+    Log, peak_memory                    one line per interval, metrics.jsonl, and TensorBoard if installed
 """
 import argparse
 import json
@@ -41,7 +42,7 @@ from support.checkpoint import ASSETS, ModelError, read_json, read_safetensors, 
 # Processes
 
 
-# A process. restarted: torchrun started the run again after a crash.
+# One process of `size`. restarted: torchrun started the run again after a crash.
 World = namedtuple("World", "rank size device restarted", defaults=[False])
 
 
@@ -107,8 +108,8 @@ def fail(message):
 
 @contextmanager
 def exit_on_error(hint="", memory_hint="try smaller sizes or batches"):
-    """Ends the program without a traceback: after a ModelError or OSError inside with its message and the
-    hint, after a lack of GPU memory with the memory_hint, and after Ctrl-C with exit status 130."""
+    """Ends the program without a traceback. A ModelError or OSError inside prints its message and the hint, a
+    lack of GPU memory prints the memory_hint; the exit status is 2, and 130 after Ctrl-C."""
     try:
         yield
     except (ModelError, OSError) as problem:
@@ -135,7 +136,7 @@ def number(low, high):
     return parse
 
 
-positive = number(1, 10 ** 9)                       # of a flag that counts something
+positive = number(1, 10 ** 9)                       # the type of a flag that counts something
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -164,20 +165,20 @@ FREE = ("output_dir", "max_train_steps", "device", "log_steps", "validation_step
 
 
 def clip_flags(flag):
-    """The flags of clips that the trainers and data.py share. flag: add_argument of a parser."""
+    """Adds the flags of clips, which the trainers and data.py share. flag: add_argument of a parser."""
     flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
          help="keep only rows of a list of videos between these limits; inf is no limit")
-    flag("--width", type=positive, help="of clips in pixels; the trainers' default is the UNet's")
-    flag("--height", type=positive, help="of clips in pixels; videos are resized to cover both and cropped")
+    flag("--width", type=positive, help="width of clips in pixels; the trainers' default is the UNet's")
+    flag("--height", type=positive, help="height of clips; videos are resized to cover both and cropped")
     flag("--fps", type=positive, default=7, help="frames per second of clips of videos")
-    flag("--motion_bucket_id", type=positive, help="1 to 255, of all clips of videos (default: measured)")
+    flag("--motion_bucket_id", type=positive, help="1 to 255, for all clips of videos (default: measured)")
     flag("--flip", action="store_true", help="mirror half of the clips of videos, at random")
     flag("--workers", type=positive, default=4, help="processes that decode videos, per training process")
-    flag("--seed", type=int, default=0, help="of weights, data order, start times and noise")
+    flag("--seed", type=int, default=0, help="seed of weights, data order, start times and noise")
 
 
 def training_flags(description, presets):
-    """A parser with the flags of both stages. A flag without a default here has one in each preset."""
+    """A parser with the flags of both stages. Steps, batch size and rates have defaults in the presets."""
     parser = command_line(description, usage="%(prog)s [--preset PRESET] [options]", add_help=False)
     flag, on_off, cuda = parser.add_argument, argparse.BooleanOptionalAction, torch.cuda.is_available()
     flag("--preset", choices=presets, default="toy" if cuda else "toy_cpu", help="defaults of other flags")
@@ -194,13 +195,13 @@ def training_flags(description, presets):
     flag("--warmup_steps", type=int, help="steps of linear warm-up of both learning rates")
     flag("--lr_scheduler", choices=("constant", "cosine"), default="constant", help="after the warm-up")
     flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    flag("--lora_rank", type=positive, help="rank of the student's update")
+    flag("--lora_rank", type=positive, help="rank of the student's LoRA")
     flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections too")
     flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
-         help="frozen features that it judges by, see discriminator.py")
+         help="the frozen features of the discriminator, see discriminator.py")
     kinds = ["spatial", "temporal"]
-    flag("--heads", nargs="+", choices=kinds, default=kinds, help="heads of the discriminator")
-    flag("--linear_g", action="store_true", help="adversarial loss -D of the student, not relu(1 - D)")
+    flag("--heads", nargs="+", choices=kinds, default=kinds, help="kinds of the discriminator's heads")
+    flag("--linear_g", action="store_true", help="the student's adversarial loss is -D, not relu(1 - D)")
     flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
     flag("--gradient_checkpointing", action=on_off, default=False, help="recompute activations, save memory")
     flag("--cuda_graph", action=on_off, default=False, help="record and replay steps; not with accumulation")
@@ -278,7 +279,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def grads_to_masters(self):
-        """Moves the network's gradients to the masters, in fp32. One foreach call, as there are hundreds."""
+        """Moves the network's gradients to the masters, in fp32. One foreach call makes all copies."""
         net_weights, masters = list(self.net_weights.values()), list(self.masters.values())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net_weights]
         grads_fp32 = [torch.empty_like(master) for master in masters]
@@ -325,7 +326,7 @@ def finite_step(optimizer, parameters, max_norm):
     parameters = list(parameters)
     flat = average(torch.cat([p.grad.flatten() for p in parameters]))
     norm = flat.norm()
-    stepped = bool(norm.isfinite())                 # the only place where a step waits for the GPU
+    stepped = bool(norm.isfinite())                 # here the CPU waits for the GPU
     if stepped:
         flat *= (max_norm / (norm + 1e-6)).clamp(max=1)
         grads = flat.split([p.numel() for p in parameters])
@@ -379,14 +380,14 @@ def cuda_graph(function, parameters=()):
     def run(*tensors):
         nonlocal inputs, outputs, grads, calls
         calls += 1
-        if calls < 4:                                           # kernels are compiled, algorithms chosen
+        if calls < 4:                           # the first calls compile kernels and choose algorithms
             return function(*tensors)
         if calls == 4:
             inputs = [t if t is None or t.requires_grad else t.clone() for t in tensors]
             with torch.cuda.graph(graph, pool, stream, "thread_local"):
                 outputs = function(*inputs)
             grads = [p.grad for p in parameters]
-        else:                               # at call 4, autograd would notice that a saved input has changed
+        else:           # not at call 4, where autograd would report that a saved input has changed in place
             for own, given in zip(inputs, tensors):
                 if own is not given:
                     own.copy_(given)
@@ -509,11 +510,11 @@ def publish(folder, net, theta, disc_tensors, lora):
 
 
 class Run:
-    """The step count of a run, and what follows each step. A new Run continues from the checkpoint that
-    --resume_from_checkpoint names.
+    """Counts the steps of a run; logs, draws and saves after them. A new Run continues from the checkpoint
+    that --resume_from_checkpoint names.
 
-    groups, optimizers: the state of the run, see `collect`. Everything else is a function of the step. stop:
-    from start_training. save_sheet(step) draws a sample sheet; only rank 0 calls it. `stopped` becomes True
+    groups, optimizers: the state of the run, see `collect`; all else is a function of the step. stop: from
+    start_training. save_sheet(step) draws a sample sheet; only rank 0 calls it. `stopped` becomes True
     after SIGTERM, when the checkpoint is written.
     """
 
@@ -533,15 +534,15 @@ class Run:
         self.log = Log(args.output_dir, world, self.step, args.batch_size)
 
     def announce(self, net, masters, psi):
-        """Prints how many parameters train, and where the run begins. psi: those of the discriminator."""
+        """Prints how many parameters train, and the first step. psi: the parameters of the discriminator."""
         count = lambda tensors: sum(tensor.numel() for tensor in tensors)
         if self.world.rank == 0:
             print(f"{count(masters.values()):,d} of {count(net.parameters()):,d} parameters train, "
                   f"{count(psi.values()):,d} in the discriminator; from step {self.step}")
 
     def after_step(self, finite, **norms):
-        """Counts the step, then logs, draws and saves what is due. finite: whether all gradients were; after
-        5 steps in a row without, the program ends. norms: scalar tensors to log."""
+        """Counts the step, then logs, draws and saves what is due. finite: whether all gradients were finite;
+        after 5 steps in a row with one that was not, the program ends. norms: scalar tensors to log."""
         args, rank = self.args, self.world.rank
         self.step += 1
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -565,8 +566,8 @@ class Run:
 
 
 class Log:
-    """One line per interval on the terminal, and the same as JSON in metrics.jsonl: means over the interval
-    and all ranks, and the speed. Only rank 0 writes."""
+    """Writes one line per interval to the terminal, and as JSON to metrics.jsonl: means over the interval and
+    all ranks, speed and memory. Only rank 0 writes."""
 
     def __init__(self, folder, world, step, batch_size):
         self.world, self.file, self.board = world, folder / "metrics.jsonl", None
@@ -578,13 +579,13 @@ class Log:
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, **values):
-        """Scalar tensors of a step or micro-batch. They are summed at once: a CUDA graph overwrites them."""
+        """Sums up scalar tensors of a step or micro-batch, at once, because a CUDA graph overwrites them."""
         for name, value in values.items():
             total, count = self.totals.get(name, (0, 0))
             self.totals[name] = total + value, count + 1
 
     def write(self, step, **more):
-        """Ends an interval. more: numbers to write as they are."""
+        """Writes the line of an interval and begins the next. more: numbers that are not averaged."""
         means = torch.stack([(total / count).float() for total, count in self.totals.values()])
         values = dict(zip(self.totals, average(means).tolist()))                # over all ranks
         seconds = (time.perf_counter() - self.clock) / (step - self.step)
@@ -608,6 +609,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     with suppress(ImportError):                                         # Windows has no resource module
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024                  # of ru_maxrss, in bytes
+        unit = 1 if sys.platform == "darwin" else 1024                  # bytes in a unit of ru_maxrss
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     return 0.0

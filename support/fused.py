@@ -1,8 +1,8 @@
 """Triton kernels for operations that are limited by memory traffic, with their gradients.
 
-    GroupNorm           nn.GroupNorm, with a shift in front and SiLU behind, if wanted
+    GroupNorm           nn.GroupNorm, with an optional shift before it and SiLU after it
     LayerNorm           nn.LayerNorm
-    Residual            x + scale * (y + bias); add_tokens is the same for tokens
+    residual, Residual  x + scale * (y + bias); add_tokens is the same for tokens
     GEGLU               the gate of the feed-forwards: half the columns times GELU of the other half
     FrameAttention      attention among the frames of each pixel
     has_kernels         whether the kernels can run on a tensor
@@ -30,7 +30,7 @@ try:
 except ImportError:                                 # there is no Triton for this platform
     triton = tl = None
 
-PROGRAMS = 2112                 # programs that a table is divided among: 16 for each SM of an H100
+PROGRAMS = 2112                 # programs that the rows of a sum are divided among: 16 for each SM of an H100
 BLOCK = 128                     # columns per program at most: whole cache lines
 TILE = 2048                     # numbers in a tile, 16 for each thread
 UNROLL = 4                      # tiles whose reads overlap
@@ -45,13 +45,13 @@ if triton:
     @triton.jit
     def _tile(program, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """The part of the tables that a program works on: table number, first row, number of rows, columns;
-        the offset where it starts; rows and offsets of its first tile, relative to the start. Neighbouring
-        programs share rows, and with them pages of memory."""
+        the offset of its start; rows and offsets of its first tile, relative to the start. Neighbouring
+        programs work on the same rows, and so on the same pages of memory."""
         blocks = C // BLOCK
         n, first = program // blocks // chunks, program // blocks % chunks * rows
         c, row = program % blocks * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)[:, None]
         n, offsets = n.to(tl.int64), row * C + c[None]
-        start = (n * L + first) * C                             # 64 bits, because n has them
+        start = (n * L + first) * C                             # in 64 bits, as n is
         return n, first, tl.minimum(rows, L - first), c, start, row, offsets
 
     @triton.jit
@@ -63,8 +63,8 @@ if triton:
     def _moments_kernel(x, shift, moments, L, C, rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                         UNROLL: tl.constexpr):
         """For each column of a chunk: its mean, shift included, and the sum of squared deviations from it.
-        Sums are of deviations from a pivot, the mean of the first rows, so that no digits cancel where the
-        mean is large."""
+        The sums are of deviations from a pivot, the mean of the first rows, because digits would cancel
+        where the mean is large."""
         n, first, count, c, start, row, offsets = _tile(tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
         pivot = tl.load(x + offsets, row < count, 0.0).to(tl.float32)
@@ -85,7 +85,7 @@ if triton:
 
     @triton.jit
     def _rows_of_chunk(chunk, column, L, rows, chunks, size):
-        """A mask of the chunks and columns that exist, and the number of rows of each, or 0."""
+        """A mask of the chunks and columns that exist, and the rows of each, 0 outside of the mask."""
         mask = column < tl.where(chunk < chunks, size, 0)
         return mask, tl.where(mask, tl.minimum(rows, L - chunk * rows), 0)
 
@@ -129,7 +129,7 @@ if triton:
     @triton.jit
     def _normalise_kernel(x, shift, weight, bias, statistics, out, L, C, rows, chunks, size,
                           ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
-        """Normalises a chunk. The last chunk comes first: the moments' kernel has left it in the cache."""
+        """Normalises a chunk. The last chunk is first, as _moments_kernel has just read it into the cache."""
         n, first, count, c, start, row, offsets = _tile(
             tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
@@ -212,7 +212,7 @@ if triton:
 
     @triton.jit
     def _layer_norm_kernel(x, weight, bias, out, eps, L, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """ROWS rows per program. WIDTH is the smallest power of two that C fits in."""
+        """Layer norm of ROWS rows per program. WIDTH is the smallest power of two that is at least C."""
         row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None]
         first, offsets = tl.program_id(0) * ROWS, row * C + c
         mask, start = (row < L - first) & (c < C), first.to(tl.int64) * C
@@ -247,7 +247,7 @@ if triton:
 
     @triton.jit
     def _residual_kernel(x, y, bias, scale, out, L, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """x + scale * (y + bias), one tile per program. bias has one row per table. None is left out."""
+        """x + scale * (y + bias), one tile per program. bias has one row per table; all but y may be None."""
         n, _, count, c, start, row, at = _tile(tl.program_id(0), L, C, ROWS, tl.cdiv(L, ROWS), ROWS, BLOCK)
         mask = row < count
         value = tl.load(y + start + at, mask, 0.0).to(tl.float32)
@@ -319,7 +319,7 @@ if triton:
     @triton.jit
     def _attention_backward_kernel(q, k, v, grad, grad_q, grad_k, grad_v, scale, F, S, C,
                                    FRAMES: tl.constexpr, WIDTH: tl.constexpr):
-        """The weights w are computed again. The gradient in front of the softmax is w (g - sum of w g)."""
+        """Computes the weights w again. If g is their gradient, that of the scores is w (g - sum of w g)."""
         at, mask = _head_offsets(tl.program_id(0), F, S, C, FRAMES, WIDTH)
         q, k, v = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0), tl.load(v + at, mask, 0.0)
         grad, weights = tl.load(grad + at, mask, 0.0), _attention_weights(q, k, F, scale, FRAMES)
@@ -334,7 +334,7 @@ if triton:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Launches
+# Launching kernels
 
 
 def has_kernels(x, channels_last=False):
@@ -362,9 +362,9 @@ def launch_tiles(kernel, size, C, *tensors, tables=1):
 
 
 class Fused(torch.autograd.Function):
-    """A function with kernels forward and backward. `compute` is the forward pass alone: it returns the
-    result and what the backward pass needs. run() records a backward pass only if gradients are enabled,
-    because recording takes about 10 us of the CPU."""
+    """An autograd function whose forward and backward passes are kernels. `compute` is the forward pass
+    alone: it returns the result and what the backward pass needs. run() records a backward pass only if
+    gradients are enabled, because recording takes about 10 us of the CPU."""
 
     @classmethod
     def run(cls, *args):
@@ -376,7 +376,7 @@ class Fused(torch.autograd.Function):
 
 
 class GroupNorm(Fused):
-    """x [n c h w] channels-last, weight and bias [c], shift [n c] or None -> group norm of x + shift, and its
+    """x [n c h w] channels-last, weight and bias [c], shift [n c] or None -> group norm of x + shift, then
     SiLU if `silu`."""
 
     @staticmethod
@@ -411,7 +411,7 @@ class GroupNorm(Fused):
     def forward(ctx, x, weight, bias, groups, eps, silu, shift=None):
         out, shift, statistics, moments = GroupNorm.compute(x, weight, bias, groups, eps, silu, shift)
         column_means = None
-        if shift is not None and ctx.needs_input_grad[6]:           # the last chunk may be shorter
+        if shift is not None and ctx.needs_input_grad[6]:   # average over chunks; the last may be shorter
             L, (_, _, rows, chunks), means = x[0, 0].numel(), GroupNorm.tiling(x), moments[:, :, 0]
             column_means = (rows * means.sum(1) - (rows * chunks - L) * means[:, -1]) / L               # n c
         ctx.save_for_backward(x, shift, weight, bias, statistics, column_means)
@@ -436,7 +436,7 @@ class GroupNorm(Fused):
         grad_bias = grad_weight = grad_shift = None
         if any(ctx.needs_input_grad[1:3]):
             grad_bias, grad_weight = sums.sum(0).to(weight.dtype)                           # c each
-        if column_means is not None:                # each column's sum of grad_x, from its mean
+        if column_means is not None:                # grad_x summed over each column, from the column means
             mean, rstd = statistics.unsqueeze(3).unbind(1)                                  # n groups 1
             sum_g, sum_gx = of_group.unsqueeze(3).unbind(1)                                 # n groups 1
             normalised = (column_means.view(n, groups, size) - mean) * rstd
@@ -450,8 +450,8 @@ class GroupNorm(Fused):
 
 
 class LayerNorm(Fused):
-    """x [.. c], weight and bias [c] -> layer norm over c. A program holds whole rows, so x is read once
-    forward and once backward."""
+    """x [.. c], weight and bias [c] -> layer norm over c. A program holds whole rows, so x is read once in
+    the forward and once in the backward pass."""
 
     @staticmethod
     def table(x):
@@ -494,8 +494,8 @@ class LayerNorm(Fused):
 
 
 class Residual(Fused):
-    """x + scale * (y + bias): x and y [n c h w] channels-last, bias [c] or [n c], scale [1]; each of them
-    but y may be None. Only a scale that trains makes it keep tensors for the backward pass."""
+    """x + scale * (y + bias): x and y [n c h w] channels-last, bias [c] or [n c], scale [1]; all but y may
+    be None. The backward pass needs y and bias only if the scale trains; else they are not kept."""
 
     @staticmethod
     def compute(x, y, bias=None, scale=None):
@@ -533,8 +533,8 @@ def residual(x, y, bias=None, scale=None):
 
 
 def add_tokens(x, y, row):
-    """x + y + row for tokens x and y [b f s c] and one row [b c] per clip. To `residual`, tokens are a
-    channels-last tensor."""
+    """x + y + row for tokens x and y [b f s c] and one row [b c] per clip. `residual` gets the tokens as
+    channels-last tensors [b c f s]."""
     return residual(x.movedim(-1, 1), y.movedim(-1, 1), row).movedim(1, -1)
 
 
@@ -562,7 +562,7 @@ class GEGLU(Fused):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, = ctx.saved_tensors                      # only once: checkpointing computes them at each access
+        x, = ctx.saved_tensors                      # once: with checkpointing, each access computes it
         grad_x = torch.empty_like(x)
         launch_tiles(_geglu_backward_kernel, grad.numel(), grad.shape[-1], x, grad.contiguous(), grad_x)
         return grad_x
@@ -574,13 +574,13 @@ class GEGLU(Fused):
 
 class FrameAttention(Fused):
     """softmax(q k^T / sqrt(c)) v among the frames of each pixel; q, k, v [b f s (a c)] with a heads. One
-    program computes one head of one pixel. Factors of matrix products have the precision of q."""
+    program computes one head of one pixel. Matrix products take their factors in the precision of q."""
 
     @staticmethod
     def launch(kernel, num_heads, q, *others):
         (b, f, s, c), width = q.shape, q.shape[3] // num_heads
         kernel[b * s * num_heads,](q, *others, width ** -0.5, f, s, c, WIDTH=width, num_warps=1,
-                                   FRAMES=max(16, power_of_2(f)))       # 16: least side of a matrix product
+                                   FRAMES=max(16, power_of_2(f)))       # tl.dot needs at least 16
 
     @staticmethod
     def compute(q, k, v, num_heads):

@@ -6,7 +6,7 @@
 | nn.LayerNorm                     | the whole norm: each row is read once                 |  0.20 | 0.07 |
 | GEGLU                            | GELU and product                                      |  1.27 | 0.68 |
 | TemporalAttention                | attention among the frames, without rearranging       |  0.98 | 0.32 |
-| SpatialTransformerBlock          | addition of both attentions' results                  |  5.54 | 4.70 |
+| SpatialTransformerBlock          | addition of the results of both attentions            |  5.54 | 4.70 |
 | TemporalTransformerBlock         | the same                                              |  4.77 | 2.51 |
 | ResBlock                         | norm, shift and SiLU; bias and residual addition      |  1.91 | 1.03 |
 | SpatioTemporalResBlock           | the same; mixing; temporal convolution as a 2-D one   |  5.61 | 1.68 |
@@ -38,7 +38,7 @@ import model
 from support import fused
 from support.fused import add_tokens, has_kernels, residual
 
-PIXELS_AT_ONCE = 2 ** 21            # of the frames that the VAE's decoder upsamples together
+PIXELS_AT_ONCE = 2 ** 21            # output pixels of the frames that the VAE's decoder upsamples together
 
 # ---------------------------------------------------------------------------------------------------------
 # Functions
@@ -84,7 +84,7 @@ def norm_silu(norm, x, shift=None):
 
 
 class FastGroupNorm(nn.GroupNorm):
-    """One kernel in place of PyTorch's, which is slow on channels-last tensors."""
+    """Group norm by our kernels: PyTorch's are slow on channels-last tensors."""
 
     def forward(self, x):
         if x.ndim != 4 or not has_kernels(x, channels_last=True):
@@ -94,7 +94,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 
 class FastLayerNorm(nn.LayerNorm):
-    """One kernel that reads each row once."""
+    """Layer norm by one kernel that reads each row once."""
 
     def forward(self, x):
         if not has_kernels(x):
@@ -110,7 +110,7 @@ class FastGEGLU(model.GEGLU):
 
 
 class FastTemporalAttention(model.TemporalAttention):
-    """Attention among few frames, gathered from where the frames are in memory."""
+    """Attention among the frames of each pixel, read in place, without rearranging the tokens."""
 
     def forward(self, x):
         takes = x.shape[1] <= fused.MAX_FRAMES and x.shape[3] // self.num_heads in fused.HEAD_WIDTHS
@@ -121,7 +121,7 @@ class FastTemporalAttention(model.TemporalAttention):
 
 
 class FastSpatialTransformerBlock(model.SpatialTransformerBlock):
-    """Both attentions' results are added in one pass."""
+    """The results of both attentions are added in one pass."""
 
     def forward(self, x, context):                                              # b f s c,  b 1 d
         if not has_kernels(x):
@@ -131,7 +131,7 @@ class FastSpatialTransformerBlock(model.SpatialTransformerBlock):
 
 
 class FastTemporalTransformerBlock(model.TemporalTransformerBlock):
-    """The same along time."""
+    """The results of both temporal attentions are added in one pass."""
 
     def forward(self, x, context):                                              # b f s c,  b 1 d
         if not has_kernels(x):
@@ -161,7 +161,7 @@ class FastResBlock(model.ResBlock):
             shift = shift + self.time_emb_proj(F.silu(emb))                     # b c
         h = without_bias(self.conv1, norm_silu(self.norm1, x))
         shift = repeat(shift, "b c -> (b f) c", f=len(h) // len(shift))
-        h = norm_silu(self.norm2, h, shift)                                     # frees the first h
+        h = norm_silu(self.norm2, h, shift)                                     # the first h is freed here
         return without_bias(self.conv2, h)
 
     def forward(self, x, emb=None):
@@ -174,7 +174,7 @@ class FastResBlock(model.ResBlock):
 
 
 class FastSpatioTemporalResBlock(model.SpatioTemporalResBlock):
-    """The mixture of x and x + branch is x + weight * branch: one kernel."""
+    """The mixture of x and x + branch is x + weight * branch, which one kernel computes."""
 
     def forward(self, x, num_frames, emb=None):
         if not has_kernels(x, channels_last=True):
@@ -195,14 +195,14 @@ class FastDownsample(model.Downsample):
     def forward(self, x):                                                       # n c h w -> n c h/2 w/2
         if self.conv.padding != (0, 0) or not has_kernels(x, channels_last=True):
             return super().forward(x)
-        # Padding by 2 all around gives the same numbers behind a first row and column, which are dropped.
+        # Padding by 2 on all sides gives the same output after one more row and column, which are dropped.
         return self.conv.bias[:, None, None] + F.conv2d(x, self.conv.weight, stride=2, padding=2)[..., 1:, 1:]
 
 
 class FoldedUpsample(model.Upsample):
     """Doubling and convolution as one transposed convolution, in a third of the time; for the VAE, also on a
-    CPU. Of the nine taps those that fall on the same small pixel are added up beforehand; at most four are
-    left. Not for layers with LoRA: only conv.weight is used."""
+    CPU. Several of the nine taps fall on the same input pixel: their weights are added up beforehand, so at
+    most four are left. Not for layers with LoRA: only conv.weight is used."""
 
     def forward(self, x):                                                       # n c h w -> n c 2h 2w
         if not has_kernels(x, channels_last=True):
@@ -211,8 +211,8 @@ class FoldedUpsample(model.Upsample):
         return residual(None, F.conv_transpose2d(x, weight, stride=2, padding=1), self.conv.bias)
 
     def folded(self):
-        """The 4x4 weight: the 3x3 one, flipped as transposed convolutions have it, and each number spread
-        over 2x2 places as doubling does with x."""
+        """The 4x4 weight of the transposed convolution: the 3x3 weight, flipped, with each number spread over
+        2x2 places, as doubling spreads each pixel of x."""
         weight = self.conv.weight.flip(2, 3).transpose(0, 1)                    # c_in c_out 3 3
         weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)           # c_in c_out 4 4
         return weight.contiguous()
@@ -223,9 +223,9 @@ class FoldedUpsample(model.Upsample):
 
 
 class FastDecoder(model.Decoder):
-    """The same layers in an order that needs less memory. The output of an upsampler is the largest tensor of
-    its resolution, and the spatial block behind it halves the channels. Where no gradient is wanted, only a
-    few frames at a time pass these two layers."""
+    """The same layers, with less memory. The output of an upsampler is the largest tensor of its resolution,
+    and the spatial block after it halves the channels. Without gradients, only a few frames at a time pass
+    through these two layers."""
 
     def forward(self, x, num_frames):                                           # (b f) c h w
         if not has_kernels(x):

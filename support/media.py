@@ -3,8 +3,8 @@
     find_images         the pictures that a command line names: files, folders, stdin
     load_image          one picture file -> PIL image, RGB
     fit_image           PIL image -> tensor of the size and range that the networks take
-    save_video          frames -> .mp4, .gif, or .png (contact sheet)
-    save_sheet          clips -> one picture with a row per clip
+    save_video          frames -> .mp4 (by write_mp4), .gif, or .png (contact sheet)
+    save_sheet          clips -> one picture file with a row per clip; contact_sheet returns its pixels
 
 A video is [f 3 H W] and a picture [3 H W], with values in [-1, 1]. A file appears under its name only when it
 is complete, so an interrupted write leaves an earlier file as it was.
@@ -32,7 +32,7 @@ def find_images(paths):
     """[(name, path)] of the pictures in `paths`, which are pictures, folders of pictures, or "-" for stdin.
 
     The order is that of `paths`, and alphabetical inside a folder. A name is the file's stem, with a number
-    added where an earlier file has the same stem. Raises ModelError.
+    added if an earlier file has the same stem. Raises ModelError.
     """
     files = []
     for path in paths:
@@ -104,7 +104,7 @@ def save_video(frames, file, fps):
     with replacing(file) as part:
         if file.suffix == ".mp4":
             return write_mp4(pixels, part, fps)
-        # One palette for all frames: palettes of their own would make still parts flicker.
+        # One palette for all frames: if each frame had its own, still parts would flicker.
         palette = Image.fromarray(rearrange(pixels, "f h w c -> (f h) w c")).quantize(256)
         images = [Image.fromarray(frame).quantize(palette=palette) for frame in pixels]
         # A gif counts time in 1/100 s. Rounding the start times of frames keeps the average rate exact.
@@ -121,7 +121,7 @@ def write_mp4(pixels, file, fps):
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16", "preset": "slow"})
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        context = stream.codec_context                  # 1 is BT.709, and for the range 1 is 16 to 235
+        context = stream.codec_context                  # 1 is BT.709; as a range, 1 is 16 to 235
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
         for frame in pixels:
             frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -139,8 +139,8 @@ def contact_sheet(frames, gap=2):
 
 
 def save_sheet(clips, file, shrink=1):
-    """Writes the contact sheet of clips [n f 3 h w] as a .jpg, or else as a PNG, reduced by the integer
-    factor `shrink`."""
+    """Writes the contact sheet of clips [n f 3 h w], reduced by the integer factor `shrink`, as a JPEG if
+    `file` ends in .jpg, else as a PNG."""
     from PIL import Image
     with replacing(file) as part:
         sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)

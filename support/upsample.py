@@ -1,6 +1,7 @@
 """upsample_normalize: bilinear resize and per-channel normalisation, fused into one Triton kernel.
 
-What is computed. The discriminator enlarges a latent [n 3 h w] to the input size of its backbone [n 3 H W]:
+What is computed. The discriminator enlarges frames of 3 channels [n 3 h w], made from latents, to the input
+size of its backbone [n 3 H W]:
 F.interpolate(mode="bilinear", align_corners=False), then (value - mean) / std with a mean and a std per
 channel. The function is at the end of this file, with the PyTorch expression for devices without Triton.
 
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:                                 # not on this platform: upsample_normalize uses PyTorch
+except ImportError:                                 # without Triton, upsample_normalize uses PyTorch
     triton = tl = None
 
 # ---------------------------------------------------------------------------------------------------------
@@ -67,13 +68,13 @@ if triton:
 
     @triton.jit
     def _load_pair(row, x0, x1, inside):
-        """An input row at the input columns left and right of each output column."""
+        """The values of an input row left and right of each output column."""
         return tl.load(row + x0, inside, 0.0), tl.load(row + x1, inside, 0.0)
 
     @triton.jit
     def _forward_kernel(x, out, h, w, H, W, W_by_VEC, scale_y, scale_x, mean0, mean1, mean2, std0, std1, std2,
                         BAND: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-        """One program: BAND intervals, BLOCK output columns of one plane. The blocks of a row belong to
+        """One program writes BAND intervals, BLOCK columns wide, of one plane. The blocks of a row belong to
         consecutive programs: a block may end inside a 32-byte sector of memory, and the cache then joins the
         two parts of the sector."""
         blocks, bands = tl.cdiv(W, BLOCK), tl.cdiv(h + 1, BAND)
@@ -108,9 +109,9 @@ if triton:
     def _backward_kernel(grad, grad_x, h, w, H, W, W_by_VEC, scale_y, scale_x, std0, std1, std2, STEP,
                          ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
                          VEC: tl.constexpr, UNROLL: tl.constexpr):
-        """One program: the gradient of ROWS rows, STEP columns of the input, in one plane. It sums down the
-        BLOCK output columns that its input columns need, where neighbouring threads read neighbouring
-        addresses, and per input row then sums TAPS of these columns for each input column."""
+        """One program: the gradient of ROWS rows and STEP columns of one input plane. It sums down the BLOCK
+        output columns that its input columns need; neighbouring threads read neighbouring addresses.
+        Then, for each input row, it sums TAPS of these columns into each input column."""
         blocks, bands = tl.cdiv(w, STEP), tl.cdiv(h, ROWS)
         program = tl.program_id(0)
         band, plane = program // blocks % bands, program // blocks // bands
@@ -144,7 +145,7 @@ if triton:
                     sum_row_g += row * g
             lam_first = (first_row + 0.5) * scale_y - 0.5 - interval
             sum_lam_g = tl.where(interval == h - 1, 0.0, lam_first * sum_g + scale_y * sum_row_g)
-            sum_lam_g = tl.where(interval < 0, sum_g, sum_lam_g)            # border rows take it all
+            sum_lam_g = tl.where(interval < 0, sum_g, sum_lam_g)            # above row 0, all goes to row 0
             total, carry = carry + sum_g - sum_lam_g, sum_lam_g
             gathered = tl.reshape(tl.gather(total, taps, 0), [TAPS, COLUMNS])
             value = tl.sum(gathered * weight, axis=0).to(grad_x.dtype.element_ty)
@@ -152,7 +153,7 @@ if triton:
 
 
 class FusedUpsampleNormalize(torch.autograd.Function):
-    """The kernels under autograd: on CUDA tensors, and on CPU tensors in Triton's interpreter (for tests).
+    """The kernels as an autograd function: on CUDA tensors, or in Triton's interpreter on a CPU (for tests).
     See upsample_normalize for the arguments."""
 
     @staticmethod

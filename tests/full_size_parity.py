@@ -53,7 +53,7 @@ with torch.device(device):
     embeds, ids = torch.randn(1, 1, 1024), torch.tensor([[6.0, 127.0, 0.02]])
     frames, latents = torch.rand(2, 3, args.height, args.width) * 2 - 1, torch.randn(f, 4, h, w)
 
-# What is computed: (by diffusers, by us), functions of a network and a dtype.
+# {network: {result: (diffusers' call, our call)}}. A call is a function of a network and a dtype.
 CALLS = {
     "unet": {"UNet": (
         lambda net, dtype: net(x.to(dtype), c_noise[0], embeds.to(dtype), ids.to(dtype)).sample,
@@ -85,7 +85,7 @@ for name, calls in CALLS.items():
             reference.setdefault(what, by_diffusers[what, dtype])                               # fp32
     theirs = None                               # frees its memory
     for variant in ("plain", "fast"):
-        if variant == "fast":                   # in place, so plain is measured first
+        if variant == "fast":                   # fast changes ours in place, so plain is first
             ours = kernels.fast(ours)
         for dtype in (torch.float32, torch.bfloat16):
             ours = ours.to(dtype).eval()

@@ -5,8 +5,8 @@
 
 upsample: support/upsample.py forward and backward, beside PyTorch, eager and compiled. do_bench times the
 replay of a CUDA graph that calls the kernel on several inputs, because a call can take less time than its
-launch. do_bench empties the L2 cache before each replay. "Backward" is the difference of forward + backward
-and forward. The floor is the time to read each input and write each output once, at the copy bandwidth.
+launch. do_bench empties the L2 cache before each replay. "Backward" is the time of forward + backward minus
+that of forward. The floor is the time to read each input and write each output once, at the copy bandwidth.
 
 layers: the layers of support/kernels.py beside those of model.py, forward, bf16, at the sizes of SVD's finest
 level, 14 frames of 1024x576. The fast layers get channels-last tensors, as they do in the networks.
@@ -38,7 +38,7 @@ median_ms = partial(do_bench, rep=500, return_mode="median")
 
 # clips of 14 frames, latent height and width, side of the output
 SHAPES = [(8, 72, 128, 518), (1, 72, 128, 224), (1, 72, 128, 518), (1, 40, 72, 518)]
-CALLS = 8                                       # of one CUDA graph, each with an input of its own
+CALLS = 8                                       # calls in one CUDA graph, each with its own input
 
 
 def eager(x, size, stats):
@@ -71,12 +71,12 @@ def copy_bandwidth():
 
 
 def upsample():
-    """Times and errors of each shape and variant. Errors are relative to float64."""
+    """Times and errors of each shape and variant. Errors are relative to a result in float64."""
     rows, bandwidth = [], copy_bandwidth()
     stats = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64, device="cuda").view(2, 3, 1, 1)
     relative_error = lambda a, exact: ((a - exact).norm() / exact.norm()).item()
     for clips, h, w, side in SHAPES:
-        torch._dynamo.reset()                                   # it compiles a limited number of shapes
+        torch._dynamo.reset()                                   # torch.compile limits the recompilations
         name = f"{clips} clips of " * (clips > 1) + f"14 frames, {h}x{w} -> {side}x{side}"
         shape = CALLS, 14 * clips, 3
         x = torch.randn(*shape, h, w, device="cuda", dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ def upsample():
         exact_x = x[0].double().requires_grad_()
         exact = eager(exact_x, (side, side), stats)
         exact_gradient, = torch.autograd.grad(exact, exact_x, grads[0].double())
-        floor_ms = 2 * (x[0].numel() + exact.numel()) / bandwidth * 1e3         # bf16, either direction
+        floor_ms = 2 * (x[0].numel() + exact.numel()) / bandwidth * 1e3         # bf16; the same backward
         row = {"shape": name, "floor_ms": floor_ms}
         for variant, function in {"eager": eager, "fused": fused,
                                   "compiled": torch.compile(eager, dynamic=False)}.items():

@@ -2,8 +2,9 @@
 
     $ python tests/video_speed.py --report results/videos.json
 
-Clips of 14 frames at random start times of a 1080p H.264 video with 30 frames per second, in clips per second
-and process. For comparison: decoding the whole video in order. Also: opening a list of a million rows.
+Decodes clips of 14 frames at random start times of a 1080p H.264 video with 30 frames per second; the unit is
+clips per second and process. For comparison, it decodes the whole video in order. It also opens a list of a
+million rows.
 """
 import sys
 import tempfile
@@ -21,9 +22,9 @@ from support import checkpoint, engine, media  # noqa: E402
 from tools import bench  # noqa: E402
 
 parser = engine.command_line("Measure how fast clips are decoded from videos.")
-parser.add_argument("--num_frames", type=engine.positive, default=14, help="of the clips")
+parser.add_argument("--num_frames", type=engine.positive, default=14, help="frames per clip")
 parser.add_argument("--seconds", type=engine.positive, default=6, help="length of the video")
-parser.add_argument("--clips", type=engine.positive, default=16, help="of each size")
+parser.add_argument("--clips", type=engine.positive, default=16, help="clips decoded at each size")
 parser.add_argument("--device", choices=["cpu"], default="cpu", help="where it runs")
 parser.add_argument("--report", type=Path, help="JSON file to write")
 args = parser.parse_args()

@@ -8,18 +8,19 @@
     nets        UNet forward, forward + backward, VAE encode and decode
     sample      image to decoded frames in 1 step, in 1 step with the Time Travel Sampler, in 25 guided steps
     memory      sampler.py as a process, with fewer frames decoded at a time, and with --offload
-    train       train_stage1.py, once for each of --discriminators (none is allowed), and train_stage2.py, as
+    train       train_stage1.py, once for each of --discriminators (may be empty), and train_stage2.py, as
                 processes
 
---cuda_graph replays the UNet of nets and sample from a CUDA graph; in train, the preset has the default.
+--cuda_graph replays the UNet of nets and sample from a CUDA graph; for train, the default is the preset's.
 
 `nets` compares three variants: "plain" is model.py as written, "ours" has the layers of support/kernels.py
 put in, "diffusers" is the reference implementation, if it is installed. Weights are random.
 
-Every figure is a median over repeats after a warm-up. How it is timed:
-- Networks and samplers: wall time of a synchronised call, launch overhead included. TFLOP are counted on the
-  first call; the share is relative to the matrix product.
-- The matrix product, the machine's limit: triton.testing.do_bench on a GPU, wall time on a CPU.
+How the figures are timed:
+- Networks and samplers: median wall time of a synchronised call over --repeats, after a warm-up, launch
+  overhead included. TFLOP are counted on the first call; the share is relative to the matrix product.
+- The matrix product, the machine's limit: median of triton.testing.do_bench on a GPU, wall time on a CPU.
+- memory is one run of the process; train takes the last 5 steps of a run.
 
 Single kernels and layers are measured by tests/kernel_speed.py.
 """
@@ -83,9 +84,9 @@ def tell(what, **figures):
 def measure(name, fn, args, *networks, counted=None):
     """Times fn() -> a row: TFLOP, median milliseconds, share of the matrix product, peak memory in GiB.
 
-    The memory is that of `networks` and of all tensors that fn makes; whatever else is on the GPU does not
-    count. counted: a function with the same arithmetic, for a CUDA graph, whose operations cannot be counted.
-    If the memory does not suffice, the row says so.
+    The memory is that of `networks` and of all tensors that fn makes; anything else on the GPU is subtracted.
+    counted: a function with the same arithmetic, whose operations are counted instead of those of fn, because
+    replays of a CUDA graph hide theirs. If the memory does not suffice, the row says so.
     """
     on_gpu = args.device != "cpu"
     own = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
@@ -106,7 +107,7 @@ def measure(name, fn, args, *networks, counted=None):
 
 
 def load_networks(args, variant):
-    """UNet and VAE of args.model, variant "ours", "plain" or "diffusers", and a random condition, 1 clip."""
+    """UNet and VAE of args.model as "ours", "plain" or "diffusers", and a random condition of one clip."""
     if variant == "diffusers":
         import diffusers
         unet = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(args.model / "unet")
@@ -123,7 +124,7 @@ def load_networks(args, variant):
 
 
 def nets(args):
-    """The UNet, forward and backward, and the VAE."""
+    """Yields the rows of the UNet, forward and backward, and of the VAE."""
     no_grad, f = torch.no_grad(), args.num_frames
     for variant in ["ours", "plain"] + ["diffusers"] * args.diffusers:
         unet, vae, cond = load_networks(args, variant)
@@ -156,7 +157,7 @@ def nets(args):
 
 
 def sample(args):
-    """From an encoded condition to decoded frames, one clip."""
+    """Yields the rows of sampling one clip, from the image to decoded frames, without the image encoder."""
     image = torch.zeros(1, 3, args.height, args.width, device=args.device)
     graph = ", recorded" * bool(args.cuda_graph)
     unet, vae, cond = load_networks(args, "ours")
@@ -219,7 +220,7 @@ def run(what, read, *command):
 
 
 def memory(args):
-    """sampler.py, one step with the Time Travel Sampler: its GPU memory with flags that save memory."""
+    """Yields rows with the GPU memory of sampler.py (one step, Time Travel), with flags that reduce it."""
     def read(output):
         seconds, gb = re.search(r"([\d.]+) s, ([\d.]+) GB", output).groups()
         return {"s_with_loading": float(seconds), "memory_gib": float(gb) * 1e9 / 2**30}
@@ -232,7 +233,7 @@ def memory(args):
 
 
 def train(args):
-    """Steps of both stages, one clip per process."""
+    """Yields the rows of training steps of both stages, one clip per process."""
     data = "--preset toy_cpu --num_clips 8"
     if args.size == "full":
         data = f"--preset paper --data {args.folder}/videos"
@@ -268,15 +269,15 @@ def parse_args():
     flag("what", nargs="+", choices=PARTS, help="one or several, see the top of this file")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     flag("--size", choices=["full", "toy"], default="full", help="of the networks: SVD's, or the toy world's")
-    flag("--width", type=engine.positive, help="of the clips (None: 1024; toy 128)")
-    flag("--height", type=engine.positive, help="of the clips (None: 576; toy 128)")
+    flag("--width", type=engine.positive, help="width of the clips (default: 1024; toy 128)")
+    flag("--height", type=engine.positive, help="height of the clips (default: 576; toy 128)")
     flag("--num_frames", type=engine.positive, default=14, help="of the clips")
-    flag("--cuda_graph", action=argparse.BooleanOptionalAction, help="CUDA graphs (None: train's preset)")
+    flag("--cuda_graph", action=argparse.BooleanOptionalAction, help="CUDA graphs (train default: preset's)")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave out diffusers")
     flag("--discriminators", nargs="*", default="latent subpixel pixel unet".split(), help="of train_stage1")
     flag("--gpus", type=engine.positive, default=1, help="train: processes, one clip each")
     flag("--repeats", type=engine.positive, default=5, help="timed runs")
-    flag("--warmup", type=int, default=2, help="runs before them")
+    flag("--warmup", type=int, default=2, help="untimed runs before the timed ones")
     flag("--report", type=Path, help="JSON file to write")
     args = parser.parse_args()
     args.width = args.width or (128 if args.size == "toy" else 1024)

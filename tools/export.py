@@ -4,8 +4,8 @@
     $ python -m tools.export merge --model stabilityai/... --student lora.safetensors --output_dir out/merged
     $ python -m tools.export unmerge --model out/merged --student lora.safetensors --output_dir out/plain
 
-    export, merge       the pipeline of --model with --student for its UNet: a UNet, or a LoRA merged into it
-    unmerge             subtracts a LoRA from the UNet that it was merged into
+    export, merge       writes the pipeline of --model with the UNet of --student, or with its LoRA merged in
+    unmerge             writes the pipeline of --model with the LoRA of --student subtracted
 
 The folder holds all networks of the pipeline, diffusers' configuration files, licences and a model card with
 the code that samples it. --push_to_hub uploads it.
@@ -21,7 +21,7 @@ from support.engine import command_line, exit_on_error, fail
 
 
 def export(args):
-    """Writes the pipeline of --model, with --student for its UNet, and a model card to --output_dir.
+    """Writes the pipeline of --model, with --student as or in its UNet, and a model card to --output_dir.
 
     fp16 and bf16 weights get a suffix in their file names, and diffusers opens them with variant="fp16" or
     "bf16". Raises ModelError or OSError.
@@ -56,18 +56,18 @@ def export(args):
 def main():
     parser = command_line("Export a student for diffusers.")
     flag = parser.add_argument
-    flag("command", choices=("export", "merge", "unmerge"), help="merge: a LoRA; unmerge: take a LoRA out")
+    flag("command", choices=("export", "merge", "unmerge"), help="merge is export; unmerge subtracts a LoRA")
     flag("--model", required=True, help="pipeline folder or hub id")
     flag("--student", required=True, help="UNet (folder, hub id, file) or LoRA (folder, file)")
     flag("--output_dir", type=Path, required=True, help="the folder to write")
-    flag("--dtype", choices=DTYPES, default="fp32", help="of the weights written; fp16 as *.fp16.safetensors")
+    flag("--dtype", choices=DTYPES, default="fp32", help="precision of the weights; fp16: *.fp16.safetensors")
     flag("--variant", help="weights of --model to read, e.g. fp16")
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--push_to_hub", metavar="OWNER/NAME", help="then upload the folder to the hub under this name")
     args = parser.parse_args()
     export(args)
     print(f"wrote {args.output_dir}")
-    if args.push_to_hub:                                    # the exported files of the folder, and no others
+    if args.push_to_hub:                                    # only the exported files of the folder
         from huggingface_hub import create_repo, upload_folder
         exported = ["*.json", "*.safetensors", "README.md", "LICENSE*"]
         try:

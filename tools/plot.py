@@ -23,8 +23,8 @@ def new_figure(width, height):
 
 
 def plot(metrics, out):
-    """Draws each number of a metrics.jsonl over the step into a picture, in a panel of its own. Values that
-    are not finite are left out."""
+    """Draws a picture with one panel for each number of a metrics.jsonl, over the step. Values that are not
+    finite are left out."""
     rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     names = list(dict.fromkeys(
         name for row in rows for name, value in row.items() if name != "step" and not isinstance(value, str)))

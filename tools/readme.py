@@ -30,8 +30,8 @@ COLUMNS = {"seconds": ".3f", "sharpness": ".2f", "diversity": ".3f", "motion": "
 
 
 def over_seeds(rows):
-    """The rows of a report, one per training seed -> {"run, sampler": row}: figures are means over the seeds,
-    "low" and "high" the lowest and the highest end of the intervals of their FVD, "range" all three as text.
+    """The rows of a report, one per training seed -> {"run, sampler": row}. Its figures are means over the
+    seeds; "low" and "high" are the lowest and highest end of their FVD intervals, "range" is FVD with both.
     """
     groups, merged = defaultdict(list), {}
     for row in rows:
@@ -46,8 +46,8 @@ def over_seeds(rows):
 
 
 def markdown(report, table):
-    """A report of tools/tables.py -> a Markdown table with a line for each row of `table`, and its protocol.
-    table: (label in front of the run, run, sampler, the paper's FVD)."""
+    """A report of tools/tables.py -> a Markdown table with a line for each measured row of `table`, and the
+    protocol. table: (label in front of the run, run, sampler, the paper's FVD)."""
     rows = over_seeds(report["rows"])
     lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
              "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
@@ -84,7 +84,7 @@ def plot(rows, out):
     for run in dict.fromkeys(row["run"] for row in rows):
         points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["nfe"])
         line, = axes.plot([row["nfe"] for row in points], [row["fvd"] for row in points], "o-", label=run)
-        # Labels of OSV stand on the left, so that they do not cover those of nearby points.
+        # The labels of OSV are on the left, so that they do not cover those of nearby points.
         place = dict(xytext=(-7, -3), ha="right") if run == "osv" else dict(xytext=(5, 4))
         for row in points:
             axes.annotate(f"{row['sampler']}: {row['fvd']:.0f}", (row["nfe"], row["fvd"]), fontsize=8,

@@ -5,7 +5,7 @@
     $ python -m tools.tables table2 --rows a b --report results/table2.json
     $ python -m tools.readme                                            # writes them into the README
 
-    RUNS                        how each student is trained
+    RUNS                        the training flags of each student
     SHIPPED, TABLE1, TABLE2     the rows of each table
     trained                     trains a student, or finds it in --work
     measure_table               trains and measures all rows
@@ -59,8 +59,8 @@ def trained(run, seed, args):
         if flags is None:
             continue
         command = [f"train_stage{stage}.py", "--model", args.model, "--seed", str(seed), *budget.split(),
-                   *flags.split(), *(["--stage1", stage1] if stage == 2 else [])]   # the last value counts
-        # The command names the folder, so that runs with the same stage 1 share it.
+                   *flags.split(), *(["--stage1", stage1] if stage == 2 else [])]   # the last --stage1 counts
+        # The folder is named after the command, so that runs with the same stage 1 share it.
         folder = args.work / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
         with LOCKS[folder]:
             if not (folder / "merged" / "config.json").exists():
@@ -69,7 +69,7 @@ def trained(run, seed, args):
                 if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
                     raise checkpoint.ModelError(f"{run}: the training failed, see its message above")
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        # The median excludes the first interval, in which kernels are compiled.
+        # A median, because kernels are compiled in the first interval.
         seconds += sorted(row["s_per_step"] for row in log)[len(log) // 2] * log[-1]["step"]
         stage1 = str(folder)
     return folder / "merged", seconds if args.jobs == 1 else None
@@ -104,7 +104,7 @@ PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped 
 
 
 def measure_table(table, args, protocol):
-    """Measures each row of a table, RUNS for each of --seeds. Raises ModelError."""
+    """Measures each row of a table, those of RUNS once for each of --seeds. Raises ModelError."""
     report = Report(args, **protocol)
     rows = {}                               # a row that stands in a table several times is measured once
     for run, name, paper in table:
@@ -135,18 +135,18 @@ def measure_table(table, args, protocol):
 def main():
     parser = engine.command_line("Train and measure the rows of the paper's tables.")
     flag = parser.add_argument
-    flag("what", choices=["student", "table1", "table2"], help="student: the one in assets/toy")
+    flag("what", choices=["student", "table1", "table2"], help="student: the shipped one, in assets/toy")
     report_flags(parser)
-    flag("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="table2: which of its rows")
+    flag("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="rows of table2 to measure")
     flag("--seeds", type=int, nargs="+", default=[0, 1], help="training seeds")
     flag("--work", type=Path, default="out/tables", help="where students are trained, and kept")
     flag("--stage1", default="--max_train_steps 200" + BUDGET, help="flags of each train_stage1.py")
     flag("--stage2", default="--max_train_steps 250" + BUDGET, help="flags of each train_stage2.py")
-    flag("--jobs", type=engine.positive, default=1, help="trainings at the same time; only 1 records times")
+    flag("--jobs", type=engine.positive, default=1, help="trainings at a time; only 1 records how long")
     args = parser.parse_args()
     table2 = [FLOOR, *(row for name in args.rows for row in TABLE2[name])]
     tables = {"student": SHIPPED, "table1": TABLE1, "table2": table2}
-    # Other futures of real clips are unknown.
+    # FLOOR needs other futures of the same first frames, which real videos do not have.
     table = [row for row in tables[args.what] if row != FLOOR or args.data == "toy"]
     protocol = {} if args.what == "student" else {"stage1": args.stage1, "stage2": args.stage2}
     with engine.exit_on_error():

@@ -60,25 +60,25 @@ flag("--output_dir", type=Path, default="assets/toy", help="pipeline folder to w
 flag("--stages", nargs="+", choices=[*STEPS, "report"], default=[*STEPS, "report"], help="stages to run")
 flag("--quick", action="store_true", help="other defaults, for a test run: tiny networks, few steps")
 flag("--overwrite", action="store_true", help="train the chosen stages again, from scratch")
-flag("--seed", type=int, default=0, help="of the world and all random numbers; held-out clips have another")
+flag("--seed", type=int, default=0, help="seed of world and random numbers; held-out clips have another")
 flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
 flag("--size", type=int, default=128, help="height and width of the clips")
 flag("--num_frames", type=int, default=14, help="frames per clip")
-flag("--vae_channels", type=int, nargs=4, default=[32, 64, 96, 96], help="per level, multiples of 32")
-flag("--unet_channels", type=int, nargs="+", default=[128, 96], help="per level, multiples of 32")
+flag("--vae_channels", type=int, nargs=4, default=[32, 64, 96, 96], help="channels by level, multiples of 32")
+flag("--unet_channels", type=int, nargs="+", default=[128, 96], help="channels by level, multiples of 32")
 flag("--unet_attention", type=int, nargs="+", default=[0, 1], help="per level: 1 with transformers, else 0")
 for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_steps", type=int, default=steps, help=f"optimisation steps of {stage}")
     flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (vae: frames) per step")
     flag(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
 flag("--num_clips", type=int, default=40000, help="clips that unet trains on, rendered and encoded once")
-flag("--unet_init", help="start unet from the one in this pipeline folder, with its size")
-flag("--ema_decay", type=float, default=0.999, help="of the averaged weights, which are the ones saved")
+flag("--unet_init", help="pipeline folder whose UNet the stage unet starts from, at its size")
+flag("--ema_decay", type=float, default=0.999, help="decay of the averaged weights, which are saved")
 flag("--log_every", type=int, default=50, help="steps between log lines")
 flag("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
-flag("--time_limit", type=float, default=float("inf"), help="seconds until it saves and exits with status 3")
-flag("--train_log", type=Path, help="JSON lines of steps and losses (None: OUTPUT_DIR/train_log.jsonl)")
-flag("--report", type=Path, help="JSON; pictures go beside it (None: OUTPUT_DIR/.train/report.json)")
+flag("--time_limit", type=float, default=float("inf"), help="seconds until it saves, then exit status 3")
+flag("--train_log", type=Path, help="JSON lines of steps and losses (default: OUTPUT_DIR/train_log.jsonl)")
+flag("--report", type=Path, help="JSON; pictures go beside it (default: OUTPUT_DIR/.train/report.json)")
 flag("--report_clips", type=int, default=512, help="held-out clips that the report measures")
 if parser.parse_known_args()[0].quick:
     parser.set_defaults(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32], num_clips=32,
@@ -141,7 +141,7 @@ def train(stage, net, loss_of):
         loss.backward()
         weights.grads_to_masters()
         engine.finite_step(optimizer, weights.masters.values(), max_norm=1.0)
-        # A short average at first, so that the random initial weights are forgotten.
+        # The average is short at first, so that the random initial weights fade.
         engine.update_ema(ema, weights.tensors(), min(args.ema_decay, (step + 1) / (step + 10)))
 
         losses.append(loss.detach())
@@ -162,7 +162,7 @@ def train(stage, net, loss_of):
 def graph_calls(net, *example):
     """Replaces forward and backward of `net` by CUDA graphs, on a GPU. The layers are so small that launch
     overhead on the CPU limits the speed. example: tensors like the arguments of its calls in training."""
-    if device.type == "cuda":                   # some parameters have no influence, for example attn2.to_q
+    if device.type == "cuda":                   # unused: parameters without influence, such as attn2.to_q
         torch.cuda.make_graphed_callables(net.to(dtype).train(), example, allow_unused_input=True)
 
 
@@ -192,7 +192,7 @@ def f1(logits, labels):
 
 
 def psnr(decoded, frames):
-    """In dB, of pixels in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB, of pixels in [-1, 1]."""
     return 10 * (4 / F.mse_loss(decoded.float().clamp(-1, 1), frames)).log10().item()
 
 
@@ -330,7 +330,7 @@ def train_unet():
     latents = data.toy_latents(fast(model.load_vae(**how)), model.load_image_encoder(**how), args.seed,
                                num_clips, args.num_frames, args.size, device, first=world.rank * num_clips)
     if device.type == "cuda":                               # torch.compile fuses the many small layers
-        torch._dynamo.config.recompile_limit = 256          # of all blocks together; equal blocks share code
+        torch._dynamo.config.recompile_limit = 256          # counted over all blocks of a class
         for block in unet.modules():
             if isinstance(block, (model.SpatioTemporalResBlock, model.SpatioTemporalTransformer)):
                 block.compile(dynamic=False)
@@ -341,7 +341,7 @@ def train_unet():
         x0, cond = latents.take(torch.randint(num_clips, (b,), generator=generator, device=device))
         normal = torch.randn(b, generator=generator, device=device)                         # b
         ramp, choice, keep = torch.rand(3, b, generator=generator, device=device)           # b each
-        # 80 % of the noise levels are where the future is decided. The others cover the whole grid, since
+        # 80 % of the noise levels lie where the future is decided. The others cover the whole grid, because
         # sampling starts at its top.
         low, high = solver.SIGMA_MIN ** (1 / solver.RHO), solver.SIGMA_MAX ** (1 / solver.RHO)
         on_grid = (high + ramp * (low - high)) ** solver.RHO                                # b
@@ -398,7 +398,7 @@ def report():
         if guidance is None and steps in (25, 1):
             rows += [generate(torch.arange(len(rows[0])), seed)[0] for seed in range(3 if steps == 25 else 1)]
     save("samples", rows)
-    # The measurements that stages made of themselves are in the log.
+    # Each stage has written its own figures into the log.
     entries = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
     results["stages"] = {entry.pop("stage"): entry for entry in entries if entry.get("finished")}
     write_json(report_file, {**evaluate.record(args), **results})

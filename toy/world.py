@@ -103,7 +103,7 @@ def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128,
 
 @cache
 def constants(device):
-    """The tables above as tensors: KINDS' four columns [k], COLOURS [8 c], DARK and LIGHT [c]. Cached per
+    """The tables above as tensors: the four columns of KINDS [k], COLOURS [8 c], DARK, LIGHT [c]. Cached per
     device, because each copy to a GPU waits for the GPU."""
     return [torch.tensor(table, device=device) for table in (*zip(*KINDS.values()), COLOURS, DARK, LIGHT)]
 
@@ -133,7 +133,7 @@ def scene(seed, indices):
     margin = radius[:, None, :, None]                                                   # b 1 n 1
     layouts = rearrange(u["layouts"], "b (l n xy) -> b l n xy", n=n, xy=2) * (WORLD - 2 * margin) + margin
     gaps = (layouts[:, :, 0] - layouts[:, :, 1]).norm(dim=-1).clamp(max=WORLD)          # b l
-    best = (gaps * present[:, 1:]).argmax(1)                                            # b, any for one shape
+    best = (gaps * present[:, 1:]).argmax(1)                                            # b, any if one shape
     place = layouts[torch.arange(len(layouts), device=device), best]                    # b n 2
 
     return Scene(present, kind, colour, radius, place, u["turn"], u["checked"] >= 0.5, 20 + 10 * u["period"],
@@ -195,7 +195,7 @@ def painting(start, motion, size):
     kind_map = torch.zeros_like(image[:, :, 0], dtype=torch.int8)                       # b f h w
 
     for i in range(MAX_SHAPES):                                         # later shapes are in front
-        # b f 1 w and b f h 1:
+        # dx [b f 1 w], dy [b f h 1]: from the centre of the shape to each pixel.
         dx, dy = x - per_pixel(motion.centres[:, :, i, 0]), y - per_pixel(motion.centres[:, :, i, 1])
         cos, sin = per_pixel(motion.angle[:, :, i].cos()), per_pixel(motion.angle[:, :, i].sin())   # b f 1 1
         u, v = cos * dx + sin * dy, cos * dy - sin * dx         # b f h w, turned with the shape
