@@ -59,7 +59,9 @@ def read_clip(path, start, num_frames, width, height, fps, early=0.0):
                 begin = offset + float((stream.start_time or 0) * stream.time_base)
                 container.seek(int((begin - early) / stream.time_base), stream=stream)  # to a key frame
             decoded = islice(container.decode(stream), MAX_DECODED)
-            frames = [picture(frame, float(stream.sample_aspect_ratio or 1), width, height)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            # No camera has pixels of other aspects: such a header is damaged.
+            frames = [picture(frame, aspect if 1 / 3 <= aspect <= 3 else 1, width, height)
                       for frame in on_display(decoded, begin, num_frames, fps)]
             if len(frames) < num_frames:
                 raise BadVideo(f"{len(frames)} frames of {num_frames}: shorter than {span:.2f} seconds")
@@ -96,21 +98,26 @@ def on_display(frames, begin, num_frames, fps):
 
 def picture(frame, aspect, width, height):
     """A frame -> uint8 [height width 3]: resized, with antialiasing, to cover that size, cropped around its
-    centre, rotated upright. aspect: width / height of a stored pixel."""
+    centre, mirrored and rotated as the display matrix says. aspect: width / height of a stored pixel."""
     turns = round(frame.rotation / 90) % 4
-    if turns % 2:
-        width, height = height, width                                   # the size before rotation
+    width, height = (height, width) if turns % 2 else (width, height)   # the size before rotation
+    # Front cameras write a display matrix that also mirrors: its determinant is negative.
+    matrix = np.frombuffer(frame.side_data.get("DISPLAYMATRIX") or np.eye(3, dtype=np.int32), np.int32)
+    step = -1 if np.linalg.det(matrix.reshape(3, 3)) < 0 else 1         # through the rows, before rotation
     scale = max(width / (frame.width * aspect), height / frame.height)
     w, h = max(width, round(frame.width * aspect * scale)), max(height, round(frame.height * scale))
     if frame.is_corrupt or max(w * h, frame.width * frame.height) > MAX_PIXELS:
         raise BadVideo("a damaged frame" if frame.is_corrupt else f"frames of {frame.width}x{frame.height}")
     # A frame of 720 or more lines whose colour space is unspecified (2) is in BT.709, as players assume.
+    # Without FULL_CHR_H_INT, video with subsampled colour becomes up to 3 levels too dark, and blurred.
+    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     how = dict(src_colorspace=Colorspace.ITU709 if frame.colorspace == 2 and frame.height >= 720 else None,
-               interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND, format="rgb24", threads=1)
+               interpolation=flags, format="rgb24", threads=1)
     if frame.interlaced_frame:                      # odd lines show a later time: keep the even ones
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.to_ndarray(**how)[::2]))
     top, left = (h - height) // 2, (w - width) // 2
-    return np.rot90(frame.to_ndarray(width=w, height=h, **how)[top:top + height, left:left + width], turns)
+    pixels = frame.to_ndarray(width=w, height=h, **how)[top:top + height, left:left + width]
+    return np.rot90(pixels[::step], turns)
 
 
 def serve():

@@ -12,6 +12,7 @@ is complete, so an interrupted write leaves an earlier file as it was.
 import io
 import sys
 import warnings
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from einops import rearrange
 from support.checkpoint import ModelError, replacing
 
 MAX_PIXELS = 150_000_000                # of an input picture; a larger one is refused as a decompression bomb
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
 # ---------------------------------------------------------------------------------------------------------
 # Pictures in
@@ -31,8 +32,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 def find_images(paths):
     """[(name, path)] of the pictures in `paths`, which are pictures, folders of pictures, or "-" for stdin.
 
-    The order is that of `paths`, and alphabetical inside a folder. A name is the file's stem, with a number
-    added if an earlier file has the same stem. Raises ModelError.
+    The order is that of `paths`, and alphabetical inside a folder, where the suffix tells which files are
+    pictures. A name is the file's stem, with a number added if an earlier file has the same stem. Raises
+    ModelError.
     """
     files = []
     for path in paths:
@@ -41,6 +43,7 @@ def find_images(paths):
         found = [Path(path)]
         if Path(path).is_dir():
             found = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            print(f"{path}: {len(found)} pictures of {len([*Path(path).iterdir()])} files", file=sys.stderr)
         if not found:
             raise ModelError(f"{path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
         files += found
@@ -50,25 +53,32 @@ def find_images(paths):
 
 
 def load_image(path):
-    """The picture in a file (- for stdin) as a PIL image in RGB, turned upright as its EXIF data says, with
+    """The picture in a file (- for stdin) as a PIL image in sRGB, turned upright as its EXIF data says, with
     transparent parts on white. Raises ModelError if it cannot be read or is too large."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageCms, ImageOps
     source = io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else path
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # MAX_PIXELS is the limit here
-        try:
-            with Image.open(source) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"more than {MAX_PIXELS // 10 ** 6} million pixels")
-                image = ImageOps.exif_transpose(file)
-                image.load()
-        except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-            raise ModelError(f"{path}: cannot be read as a picture ({error})") from error
-    if image.mode.startswith("I"):                          # 16-bit grey: convert("RGB") would clip it to 255
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    try:
+        # PIL warns of damaged metadata, and of large pictures: MAX_PIXELS is the limit here.
+        with warnings.catch_warnings(action="ignore"), Image.open(source) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"more than {MAX_PIXELS // 10 ** 6} million pixels")
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        raise ModelError(f"{path}: cannot be read as a picture ({error})") from error
+    profile = io.BytesIO(image.info.get("icc_profile", b""))
+    if image.mode[0] in "IF":               # 16-bit or floating-point grey: convert("RGB") would clip it
+        scale = 1 / 257 if image.mode != "F" else 255 if image.getextrema()[1] <= 1 else 1
+        image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
+    # In a BMP or TGA file, an alpha channel of zeros is an unused byte per pixel.
+    unused = file.format in ("BMP", "TGA") and image.getextrema()[-1] == (0, 0)
+    if not unused and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
+        mode = "L" if image.mode[0] == "L" else "RGB"
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+    image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
+    with suppress(ImageCms.PyCMSError):                 # no profile, a damaged one, or one for another mode
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image.convert("RGB")
 
 
@@ -78,14 +88,10 @@ def fit_image(image, width, height):
     The picture is cropped at the centre to the aspect ratio of width x height, then resized. kept: the
     fractions of its width and of its height that remain after the crop.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     scale = max(width / image.width, height / image.height)
-    box_width, box_height = width / scale, height / scale
-    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
-    kept = box_width / image.width, box_height / image.height
-    if image.size != (width, height):
-        box = (left, top, left + box_width, top + box_height)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    kept = width / scale / image.width, height / scale / image.height
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
     return rearrange(pixels, "h w c -> c h w").float() / 127.5 - 1, kept
 
@@ -95,12 +101,12 @@ def fit_image(image, width, height):
 
 
 def save_video(frames, file, fps):
-    """Writes frames [f 3 H W] in [-1, 1] as .mp4, .gif or .png (contact sheet), by the suffix of `file`."""
+    """Writes frames [f 3 H W] in [-1, 1] as .mp4, .gif or .png (contact sheet), by the suffix of `file`.
+    A gif plays at no more than 50 fps."""
     from PIL import Image
     if file.suffix == ".png":
         return save_sheet(frames[None], file)
-    pixels = ((frames + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-    pixels = rearrange(pixels, "f c h w -> f h w c").numpy()
+    pixels = ((rearrange(frames, "f c h w -> f h w c") + 1) * 127.5).round().clip(0, 255).byte().cpu().numpy()
     with replacing(file) as part:
         if file.suffix == ".mp4":
             return write_mp4(pixels, part, fps)
@@ -108,7 +114,8 @@ def save_video(frames, file, fps):
         palette = Image.fromarray(rearrange(pixels, "f h w c -> (f h) w c")).quantize(256)
         images = [Image.fromarray(frame).quantize(palette=palette) for frame in pixels]
         # A gif counts time in 1/100 s. Rounding the start times of frames keeps the average rate exact.
-        starts = [round(100 * i / fps) for i in range(len(images) + 1)]
+        # Players show a delay below 2/100 s as 10/100 s, so the rate is at most 50 fps.
+        starts = [round(100 * i / min(fps, 50)) for i in range(len(images) + 1)]
         durations = [10 * (end - start) for start, end in zip(starts, starts[1:])]              # milliseconds
         images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
@@ -118,11 +125,9 @@ def write_mp4(pixels, file, fps):
     space, which the file declares. Without the declaration players guess the colour matrix from the size."""
     import av
     with av.open(str(file), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16", "preset": "slow"})
-        stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context                  # 1 is BT.709; as a range, 1 is 16 to 235
-        context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
+        stream = container.add_stream(          # 1 is BT.709; as a range, 1 is 16 to 235
+            "libx264", Fraction(fps), {"crf": "16", "preset": "slow"}, pix_fmt="yuv420p", color_range=1,
+            height=pixels.shape[1], width=pixels.shape[2], colorspace=1, color_primaries=1, color_trc=1)
         for frame in pixels:
             frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")

@@ -1,9 +1,13 @@
 """support/media.py: pictures in, videos and contact sheets out."""
+import itertools
+import struct
+from types import SimpleNamespace
+
 import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from support import media
 from support.media import find_images, fit_image, load_image, save_video
@@ -59,6 +63,87 @@ def test_transparency_becomes_white(tmp_path):
     assert np.asarray(load_image(tmp_path / "in.png")).min() == 255
 
 
+def bmp(pixels):
+    """The bytes of a 32-bit BMP with BITFIELDS and pixels [h w 4] in RGBA."""
+    height, width = pixels.shape[:2]
+    masks = [0xFF0000, 0xFF00, 0xFF, 0xFF000000]
+    info = struct.pack("<I2i2H6i4I52x", 124, width, -height, 1, 32, 3, 0, 0, 0, 0, 0, *masks)
+    start = 14 + len(info)
+    header = struct.pack("<2sI4xI", b"BM", start + pixels.nbytes, start)
+    return header + info + pixels[..., [2, 1, 0, 3]].tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tga"])
+def test_an_unused_alpha_byte_is_not_transparency(tmp_path, suffix):
+    """Programs that know no alpha write zeros there. If any pixel is opaque, the channel counts."""
+    pixels = np.dstack([np.asarray(picture()), np.zeros((20, 30), np.uint8)])
+    for alpha, right in ((0, (0, 0, 255)), (255, (255, 255, 255))):
+        pixels[:, :15, 3] = alpha
+        if suffix == "bmp":
+            (tmp_path / "in.bmp").write_bytes(bmp(pixels))
+        else:
+            Image.fromarray(pixels).save(tmp_path / "in.tga")
+        image = load_image(tmp_path / f"in.{suffix}")
+        assert image.getpixel((5, 5)) == (255, 0, 0) and image.getpixel((25, 5)) == right
+
+
+def xyz(*values):
+    return struct.pack(">4s4x3i", b"XYZ ", *(round(value * 65536) for value in values))
+
+
+def icc(space, gamma, **colorants):
+    """The bytes of an ICC profile, version 2. colorants: a tag's name and its XYZ under D50."""
+    curve = struct.pack(">4s4xIH2x", b"curv", 1, round(gamma * 256))
+    tags = {name: xyz(*value) for name, value in colorants.items()}
+    tags |= {"kTRC": curve} if space == "GRAY" else {"rTRC": curve, "gTRC": curve, "bTRC": curve}
+    tags["wtpt"] = white = xyz(0.9642, 1, 0.8249)
+    start, table = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for name, tag in tags.items():
+        table += struct.pack(">4s2I", name.encode(), start, len(tag))
+        start += len(tag)
+    header = struct.pack(">I4xI4s4s4s12x4s28x12s48x", start, 0x2400000, b"mntr", space.ljust(4).encode(),
+                         b"XYZ ", b"acsp", white[8:])
+    return header + table + b"".join(tags.values())
+
+
+ADOBE_RGB = icc("RGB", 2.2, rXYZ=(0.60974, 0.31111, 0.01947), gXYZ=(0.20528, 0.62567, 0.06087),
+                bXYZ=(0.14919, 0.06322, 0.74457))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_converted_to_srgb(tmp_path, mode):
+    """The linear values are (0.311, 0.157, 0.101) in Adobe RGB, which is (0.372, 0.157, 0.099) in sRGB."""
+    image = Image.new("RGB", (8, 8), (150, 110, 90))
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "in.png", icc_profile=ADOBE_RGB)
+    right = (164, 110, 88)
+    assert np.abs(np.subtract(load_image(tmp_path / "in.png").getpixel((4, 4)), right)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_is_converted_to_srgb(tmp_path, mode):
+    """Half of the light is level 188 in sRGB."""
+    colour = {"L": 128, "LA": (128, 255), "I;16": 128 * 257}[mode]
+    Image.new(mode, (8, 8), colour).save(tmp_path / "in.png", icc_profile=icc("GRAY", 1))
+    assert np.abs(np.subtract(load_image(tmp_path / "in.png").getpixel((4, 4)), 188)).max() <= 1
+
+
+@pytest.mark.parametrize("profile", [
+    b"nothing" * 30, ADOBE_RGB[:200], ADOBE_RGB[:-90], ADOBE_RGB.replace(b"RGB ", b"CMYK"), icc("GRAY", 1)])
+def test_a_broken_profile_is_ignored(tmp_path, profile):
+    Image.new("RGB", (8, 8), (150, 110, 90)).save(tmp_path / "in.png", icc_profile=profile)
+    assert load_image(tmp_path / "in.png").getpixel((4, 4)) == (150, 110, 90)
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_floating_point_grey(tmp_path, top):
+    """The values are 0 to 1 or 0 to 255."""
+    ramp = np.linspace(0, top, 64, dtype=np.float32)[None].repeat(8, 0)
+    Image.fromarray(ramp).save(tmp_path / "in.tiff")
+    loaded = np.asarray(load_image(tmp_path / "in.tiff"), float)
+    assert np.abs(loaded - ramp[..., None] * 255 / top).max() <= 0.5
+
+
 @pytest.mark.parametrize("size", [(1, 1), (5000, 40), (40, 5000), (128, 128), (1000, 1000)])
 def test_any_size_is_cut_at_the_centre_without_distortion(size):
     image = Image.new("RGB", size, "black")
@@ -66,6 +151,31 @@ def test_any_size_is_cut_at_the_centre_without_distortion(size):
     assert pixels.shape == (3, 64, 128) and pixels.min() == pixels.max() == -1
     width, height = size[0] * kept[0], size[1] * kept[1]
     assert max(kept) == pytest.approx(1) and width / height == pytest.approx(2)
+
+
+@pytest.mark.parametrize("width, height", [(16, 9), (9, 5), (1, 1)])
+def test_the_crop_is_inside_the_picture(width, height):
+    """For 1024x576, 576x320 and 128x128: their aspect ratios give the same crops. PIL refuses larger ones."""
+    result, worst = Image.new("RGB", (width, height)), []
+
+    def resize(size, method, box):
+        worst.append(max(-box[0], -box[1], box[2] - image.width, box[3] - image.height))
+        assert box[2] - box[0] == pytest.approx(min(image.width, image.height * width / height))
+        return result
+    for size in itertools.product(range(1, 701), (1, 37, 256, 333, 700)):
+        for image_width, image_height in (size, size[::-1]):
+            image = SimpleNamespace(width=image_width, height=image_height, size=(image_width, image_height),
+                                    mode="RGB", resize=resize)
+            fit_image(image, width, height)
+    assert len(worst) == 7000 and max(worst) <= 0
+
+
+@pytest.mark.parametrize("size, width, height", [
+    ((500, 333), 576, 320), ((1280, 886), 128, 128), ((197, 256), 1024, 576)])
+def test_sizes_whose_crop_was_outside_by_rounding(size, width, height):
+    pixels, _ = fit_image(picture(*size), width, height)
+    assert pixels.shape == (3, height, width)
+    assert pixels[:, 5, 5].tolist() == [1, -1, -1] and pixels[:, -5, -5].tolist() == [-1, -1, 1]
 
 
 def test_a_picture_of_the_right_size_is_not_touched():
@@ -82,6 +192,18 @@ def test_pictures_with_one_stem_get_names_of_their_own(tmp_path):
     found = find_images([str(tmp_path / "in.png"), str(tmp_path / "a"), "-"])
     assert [name for name, _ in found] == ["in", "in_1", "in_2", "-"]
     assert [file.name for _, file in found] == ["in.png", "in.jpg", "in.png", "-"]
+
+
+def test_folders_are_searched_for_every_format(tmp_path, capsys):
+    """And the number of files that were passed over can be seen."""
+    suffixes = [suffix for suffix in media.IMAGE_SUFFIXES if suffix != ".avif" or features.check("avif")]
+    for suffix in suffixes:
+        picture().save(tmp_path / f"in{suffix}")
+    (tmp_path / "in.heic").touch()
+    found = find_images([str(tmp_path)])
+    assert {file.suffix for _, file in found} == set(suffixes) >= {".png", ".jpg", ".webp"}
+    assert all(load_image(file).size == (30, 20) for _, file in found)
+    assert f"{len(suffixes)} pictures of {len(suffixes) + 1} files" in capsys.readouterr().err
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
@@ -118,15 +240,17 @@ def test_mp4_plays_everywhere(tmp_path):
     assert np.abs(pixels[middles] - expected[middles]).max() < 4        # a mistaken matrix or range gives 20
 
 
-def test_gif_has_the_frame_rate(tmp_path):
-    save_video(colour_clip(), tmp_path / "out.gif", fps=7)
+@pytest.mark.parametrize("fps, total", [(7, 2000), (30, 470), (50, 280), (60, 280), (240, 280)])
+def test_gif_has_the_frame_rate(tmp_path, fps, total):
+    """Up to 50 fps: players show a frame of less than 20 ms for 100 ms."""
+    save_video(colour_clip(), tmp_path / "out.gif", fps=fps)
     with Image.open(tmp_path / "out.gif") as gif:
         assert gif.n_frames == 14
         durations = []
         for i in range(14):
             gif.seek(i)
             durations.append(gif.info["duration"])
-    assert sum(durations) == 2000
+    assert sum(durations) == total and min(durations) >= 20
 
 
 def test_png_is_a_contact_sheet(tmp_path):

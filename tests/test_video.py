@@ -24,6 +24,7 @@ import data
 import model
 from support import checkpoint, decode, engine
 from support.checkpoint import ModelError
+from support.media import save_video
 
 W, H, N, FPS = 64, 48, 14, 7
 
@@ -169,20 +170,23 @@ def colours(picture):
     return "".join(names[min(names, key=lambda name: np.abs(point - name).sum())] for point in points)
 
 
-def rotated(path, degrees):
-    """Writes the display matrix into the track header of an mp4."""
+def rotated(path, degrees, mirrored=False):
+    """Writes the display matrix into the track header of an mp4. mirrored: upside down before rotation."""
     content = bytearray(Path(path).read_bytes())
     start = content.index(b"tkhd") + 4 + 40                         # the matrix follows version, flags, ..
     cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    matrix = [cos, sin, 0, -sin, cos, 0, 0, 0, 0x4000]
+    down = -1 if mirrored else 1                                    # where the second row sends the y axis
+    matrix = [cos, sin, 0, -sin * down, cos * down, 0, 0, 0, 0x4000]
     content[start:start + 36] = struct.pack(">9i", *(value * 0x10000 for value in matrix))
     Path(path).write_bytes(content)
 
 
-@pytest.mark.parametrize("degrees, upright", [(0, "rgbw"), (90, "brwg"), (180, "wbgr"), (270, "gwrb")])
-def test_rotation(tmp_path, degrees, upright):
+@pytest.mark.parametrize("degrees, mirrored, upright", [
+    (0, False, "rgbw"), (90, False, "brwg"), (180, False, "wbgr"), (270, False, "gwrb"),
+    (0, True, "bwrg"), (90, True, "rbgw"), (180, True, "grwb"), (270, True, "wgbr")])
+def test_rotation(tmp_path, degrees, mirrored, upright):
     path = write(tmp_path / "a.mp4", at_rate(8), size=(96, 64), paint=corners((96, 64)))
-    rotated(path, degrees)                                          # clockwise, as a phone writes it
+    rotated(path, degrees, mirrored)                                # clockwise, as a phone writes it
     for size in ((48, 64), (64, 48)):
         frames, _ = read(path, width=size[0], height=size[1])
         assert frames.shape == (N, size[1], size[0], 3) and colours(frames[0]) == upright
@@ -208,12 +212,77 @@ def test_odd_sizes_and_aspect(tmp_path):
     assert_round(read(squeezed, width=96, height=64)[0], 180, 120)
 
 
+@pytest.mark.parametrize("aspect, left, above", [
+    (Fraction(1, 3), 1, 0), (Fraction(3), 0, 1),                    # one side is cut to a third
+    (Fraction(1, 4), 1, 1), (Fraction(10, 3), 1, 1), (Fraction(1, 99), 1, 1)])
+def test_absurd_aspects_of_pixels_count_as_one(tmp_path, aspect, left, above):
+    """The left third of the video is red and the upper third is green. left, above: thirds of the clip."""
+    thirds = np.full((120, 120, 3), 20, np.uint8)
+    thirds[:, :40, 0] = thirds[:40, :, 1] = 220
+    path = write(tmp_path / "a.mp4", at_rate(8), size=(120, 120), paint=lambda i: thirds,
+                 sample_aspect_ratio=aspect)
+    frames, _ = read(path, width=60, height=60)
+    shown = (frames[0] > 120).mean((0, 1))
+    assert shown[:2] == pytest.approx([left / 3, above / 3], abs=0.05)
+
+
+def test_a_gif_with_an_absurd_aspect(tmp_path):
+    Image.fromarray(corners((64, 48))(0)).save(tmp_path / "a.gif")
+    content = bytearray((tmp_path / "a.gif").read_bytes())
+    content[12] = 1                                                 # the aspect is (1 + 15) / 64
+    (tmp_path / "a.gif").write_bytes(content)
+    frames, _ = read(tmp_path / "a.gif", num_frames=1)
+    assert np.abs(frames[0].astype(int) - corners((64, 48))(0)).max() <= 4
+
+
 def test_resizing_is_antialiased(tmp_path):
     board = np.indices((384, 512)).sum(0) % 2 * 255
     fine = np.repeat(board.astype(np.uint8)[..., None], 3, 2)
     path = write(tmp_path / "a.mkv", at_rate(7), "ffv1", "yuv444p", size=(512, 384), paint=lambda i: fine)
     frames, _ = read(path)
     assert np.abs(frames.astype(int) - 127).max() <= 12             # the mean, not single pixels
+
+
+def flat(path, colour, pix_fmt, full, size, matrix):
+    """Writes a video of one colour, whose Y, U and V are computed here. matrix: 1 is BT.709, 5 is BT.601."""
+    red, blue = {1: (0.2126, 0.0722), 5: (0.299, 0.114)}[matrix]
+    r, g, b = np.array(colour) / 255
+    y = red * r + (1 - red - blue) * g + blue * b
+    u, v = (b - y) / (2 - 2 * blue), (r - y) / (2 - 2 * red)
+    values = (255 * y, 128 + 255 * u, 128 + 255 * v) if full else (16 + 219 * y, 128 + 224 * u, 128 + 224 * v)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", 7, width=size[0], height=size[1], pix_fmt=pix_fmt,
+                                      color_range=1 + full, colorspace=matrix)
+        for i in range(2):
+            frame = av.VideoFrame(*size, pix_fmt)
+            for plane, value in zip(frame.planes, values):
+                plane.update(bytes([min(255, round(value))]) * plane.buffer_size)
+            frame.pts, frame.color_range, frame.colorspace = i, 1 + full, matrix
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "yuv411p"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix", [1, 5])
+def test_levels(tmp_path, pix_fmt, full, matrix):
+    """Flat colours keep their levels, at even and odd widths, of the video and of the clip."""
+    for colour in ((255, 255, 255), (128, 128, 128), (0, 0, 0), (200, 60, 40), (40, 180, 60), (30, 50, 210)):
+        for size in ((64, 48), (97, 49)):
+            path = flat(tmp_path / "a.mkv", colour, pix_fmt, full, size, matrix)
+            for width in (32, 33, size[0]):
+                frames, _ = read(path, num_frames=2, width=width, height=32)
+                assert np.abs(frames.astype(int) - colour).max() <= 1, (colour, size, width, frames[0, 9, 9])
+
+
+@pytest.mark.parametrize("size", [(64, 48), (1280, 720)])
+def test_levels_of_the_videos_that_are_written(tmp_path, size):
+    for colour in ((255, 255, 255), (128, 128, 128), (0, 0, 0), (200, 60, 40)):
+        pixels = torch.tensor(colour).view(3, 1, 1).expand(3, *size[::-1]) / 127.5 - 1
+        save_video(pixels.expand(2, -1, -1, -1), tmp_path / "a.mp4", 7)
+        frames, _ = read(tmp_path / "a.mp4", num_frames=2)
+        assert np.abs(frames.astype(int) - colour).max() <= 1, (colour, frames[0, 9, 9])
 
 
 def test_hd_colours_without_a_label(tmp_path):
