@@ -57,8 +57,7 @@ class Head(nn.Module):
 
     @staticmethod
     def conv(c_in, c_out, kernel):
-        padding = tuple(k // 2 for k in kernel)
-        return spectral_norm(nn.Conv2d(c_in, c_out, kernel, padding=padding))
+        return spectral_norm(nn.Conv2d(c_in, c_out, kernel, padding=[k // 2 for k in kernel]))
 
     def forward(self, x):
         x = F.leaky_relu(self.norm_in(self.conv_in(x)), 0.2)
@@ -97,11 +96,17 @@ class TemporalHead(Head):
 
 
 def load_dino(path):
-    """transformers' Dinov2Model, of any size, from a folder or a hub id such as facebook/dinov2-small."""
-    from transformers import Dinov2Model
+    """transformers' Dinov2Model, of any size, from a folder or a hub id such as facebook/dinov2-small. Raises
+    ModelError, also for a key that is missing, unexpected or of another shape."""
+    from transformers import Dinov2Model, logging
+    logging.set_verbosity_error()                   # transformers would print a table before the error
     try:
-        return Dinov2Model.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        dino, report = Dinov2Model.from_pretrained(path, use_safetensors=True, dtype=torch.float32,
+                                                   output_loading_info=True, ignore_mismatched_sizes=True)
+        if wrong := [f"{kind} {min(keys)}" for kind, keys in report.items() if keys]:
+            raise ValueError(", ".join(wrong))
+        return dino
+    except Exception as error:                      # also safetensors' own, and those of a configuration
         raise ModelError(f"{path}: cannot be loaded as a DINOv2 model ({error})") from error
 
 
@@ -237,8 +242,7 @@ class Discriminator(nn.Module):
         kinds = {"spatial": SpatialHead, "temporal": TemporalHead}
         self.heads = nn.ModuleList(
             nn.ModuleDict({name: kinds[name](c, min(c, width)) for name in heads}) for c in features.channels)
-        networks = getattr(features, "backbone", None), getattr(features, "vae", None)
-        self.frozen = [net for net in networks if net]
+        self.frozen = [net for name, net in features.named_children() if name in ("backbone", "vae")]
         self.train().requires_grad_(True)
 
     def train(self, mode=True):

@@ -409,7 +409,7 @@ def report_flags(parser):
     flag("--report", type=Path, help="JSON file to write")
     flag("--resume", action="store_true", help="keep the rows that --report already has")
     flag("--data", default="toy", help="real clips: toy, or a folder or list of videos, see data.py")
-    flag("--num_clips", type=engine.positive, default=2048, help="real clips, and generated clips per row")
+    flag("--num_clips", type=engine.number(2, 10 ** 9), default=2048, help="real clips, and clips per row")
     flag("--width", type=int, help="of the clips (None: the UNet's configuration)")
     flag("--height", type=int, help="of the clips (None: the UNet's configuration)")
     flag("--batch_size", type=engine.positive, default=128 if cuda else 16, help="clips generated at a time")
@@ -424,8 +424,9 @@ def parse_args(argv=None):
     parser.add_argument("--student", help="the student to measure (None: the teacher)")
     parser.add_argument("--sampler", default="1", help='how it samples: "25", "1", "tts", "1 cfg 1.5", ..')
     args = parser.parse_args(argv)
-    if not re.fullmatch(r"tts( printed| v1)?|[1-9]\d?( cfg \d+(\.\d+)?)?", args.sampler):
-        parser.error(f"--sampler {args.sampler}: must be 1 to 99 steps, tts, tts printed, tts v1 or 1 cfg W")
+    samplers = r"tts( printed| v1)?|[1-9]\d?( cfg \d+(\.\d+)?)?" if args.student else r"[1-9]\d?"
+    if not re.fullmatch(samplers, args.sampler):
+        parser.error(f"--sampler {args.sampler}: must be 1 to 99 steps, or for a --student tts or 1 cfg W")
     return args
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import load_unet
+from support import checkpoint
 from support.checkpoint import ModelError, load_weights, read_json, read_safetensors, write_safetensors
 
 # A regular expression for the ends of layer paths. attn2.to_q and to_k are left out: they have no influence
@@ -168,10 +169,9 @@ def save_lora(unet, folder):
         raise ModelError("the network has no LoRA layers to save: call add_lora first")
     tensors = {f"unet.{path}.lora_{m}.weight": getattr(layer, f"lora_{m}").weight
                for path, layer in layers.items() for m in "AB"}
-    sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
-    if len(sizes) > 1:
-        raise ModelError(f"LoRA layers of different (rank, alpha) {sorted(sizes)} do not fit one file")
-    (rank, alpha), = sizes
+    (rank, alpha), *others = sorted({(layer.rank, layer.alpha) for layer in layers.values()})
+    if others:
+        raise ModelError(f"layers of different (rank, alpha) {[(rank, alpha), *others]} do not fit one file")
     settings = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(layers)}
     write_safetensors(Path(folder) / LORA_FILE, tensors, {"lora_adapter_metadata": json.dumps(settings)})
 
@@ -200,9 +200,8 @@ def read_lora(file):
         alpha = None if settings.get("lora_alpha") is None else settings["lora_alpha"] + 0
     except (AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(f"{file}: its lora_adapter_metadata cannot be read ({error})") from error
-    for setting in ("use_rslora", "alpha_pattern"):
-        if settings.get(setting):
-            raise ModelError(f"{file}: made with {setting}, which is not supported")
+    if used := [setting for setting in ("use_rslora", "alpha_pattern") if settings.get(setting)]:
+        raise ModelError(f"{file}: made with {used[0]}, which is not supported")
     return tensors, alpha
 
 
@@ -244,12 +243,12 @@ def load_student(path, unet, variant=None):
     """The distilled UNet at `path`, in the dtype and on the device of `unet`, the UNet of its teacher.
 
     path: a UNet (folder, hub id, or a file with diffusers' keys), or a LoRA (folder or file), which is merged
-    into `unet`. variant: weights to read, if the folder at `path` has such files. Raises ModelError.
+    into `unet`. variant: weights to read, if the UNet at `path` has such files. Raises ModelError.
     """
     file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
     if not file.is_file():
-        has_variant = any(Path(path).glob(f"**/*.{variant}*.safetensors"))
-        return load_unet(path, variant=variant if has_variant else None, dtype=dtype, device=device)
+        found = any(checkpoint.find_folder(path, "unet", variant, None).glob(f"*.{variant}*.safetensors"))
+        return load_unet(path, variant=variant if found else None, dtype=dtype, device=device)
     if any(".lora" in key for key, _ in read_safetensors([file])):
         return merge_lora(load_lora(unet, file))
     return load_weights(unet, [file], file, dtype, device)

@@ -230,8 +230,8 @@ while run.step < args.max_train_steps and not run.stopped:
     norm, finite = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
     theta.copy_to_net()
 
-    # ---- EMA: theta^- <- decay theta^- + (1 - decay) theta
-    engine.update_ema(ema, theta.tensors(), args.ema_decay)
+    # ---- EMA: theta^- <- decay theta^- + (1 - decay) theta; the decay is 1 if theta's step was skipped
+    engine.update_ema(ema, theta.tensors(), args.ema_decay if finite else 1)
     torch._foreach_copy_(list(ema_weights.values()), list(ema.values()))
 
     run.after_step(finite and finite_d, grad_norm=norm, grad_norm_d=norm_d)

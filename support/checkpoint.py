@@ -9,7 +9,8 @@
     replacing           writes a file under a temporary name and renames it at the end
 
 Nothing here unpickles: .bin, .ckpt, .pt and .pth files can run code when they are opened, and are refused.
-Every problem with a file raises ModelError, whose message says what is wrong, where, and what to do.
+A missing or broken file raises ModelError, whose message says what is wrong, where, and what to do. A file
+that cannot be read now (permissions, too many open files) raises OSError: its content may be intact.
 """
 import json
 import re
@@ -95,8 +96,8 @@ def save_network(net, folder, dtype=None, variant=None):
 def find_folder(path, name, variant, revision):
     """The local folder of network `name` ("unet", "vae", "image_encoder") of a pipeline.
 
-    path: the network's folder, its pipeline's folder, or a hub id. From the hub only the sub-folder `name` is
-    fetched, into the cache in HF_HOME; with HF_HUB_OFFLINE=1 only the cache is used. Raises ModelError.
+    path: the network's folder, its pipeline's folder, or a hub id of either. From the hub only this network
+    is fetched, into the cache in HF_HOME; with HF_HUB_OFFLINE=1 only the cache is used. Raises ModelError.
     """
     path, local = str(path), Path(path)
     if local.exists():
@@ -115,17 +116,18 @@ def find_folder(path, name, variant, revision):
 
 
 def fetch(hub_id, name, variant, revision):
-    """Downloads the sub-folder `name` of a hub repository, unless it is cached -> local pipeline folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    stem = f"{name}/*model.{variant}" if variant else f"{name}/*model"
-    patterns = [f"{name}/config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", "LICENSE*"]
+    """Downloads one network of a hub repository, unless it is cached -> local folder of the repository. The
+    network is the sub-folder `name`, or the root of a repository that holds no other network."""
+    from huggingface_hub import errors, snapshot_download
+    # Names in full at the root, because * also matches slashes and would fetch the other networks.
+    stems = f"{name}/*model", "diffusion_pytorch_model", "model"
+    ends = [f".{variant}{end}" if variant else end for end in (".safetensors", "-*-of-*.safetensors")]
+    patterns = [f"{name}/config.json", "config.json", "LICENSE*", *(s + end for s in stems for end in ends)]
     try:
         return snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
     except Exception as error:                                  # also offline, proxy, bad revision or name
-        hints = {
-            GatedRepoError: "accept its licence on its hub page, log in with `hf auth login` or set HF_TOKEN",
-            RepositoryNotFoundError: "neither a folder here nor a model on the hub that you can see: log in?"}
+        hints = {errors.GatedRepoError: "accept its licence on the hub, then `hf auth login` or set HF_TOKEN",
+                 errors.RepositoryNotFoundError: "neither a folder here nor a model that you may see: log in"}
         other = ("no such folder here, and the hub cannot be reached or does not have it "
                  f"({type(error).__name__}); give a local folder, or go online once")
         raise ModelError(f"{hub_id}: {hints.get(type(error), other)}") from error
@@ -144,10 +146,9 @@ def weight_files(folder, variant):
         return files
     others = sorted({kind for _, kind in found if kind})
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    raise ModelError(
-        f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
-        + f"; there are {', '.join(others)} ones: ask for that variant" * bool(others)
-        + f"; {', '.join(pickles)} is a pickle, which can run code: convert it" * bool(pickles))
+    raise ModelError(f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
+                     + f"; there are {', '.join(others)} ones: ask for that variant" * bool(others)
+                     + f"; {', '.join(pickles)} is a pickle, which can run code: convert it" * bool(pickles))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,11 +157,12 @@ def weight_files(folder, variant):
 
 def read_safetensors(files, metadata=None):
     """Yields every (key, tensor) of the files, memory-mapped. metadata: a dictionary to which the files'
-    metadata is added. Raises ModelError."""
+    metadata is added. Raises ModelError for a missing or broken file, OSError for one that cannot be read."""
     for file in map(Path, files):
         if file.suffix in PICKLES:
             raise ModelError(f"{file}: a pickle, which can run code when it is opened: get its .safetensors")
         try:
+            file.open("rb").close()                 # safe_open calls every file that it cannot open missing
             with safe_open(file, framework="pt") as tensors:
                 if metadata is not None:
                     metadata.update(tensors.metadata() or {})
@@ -169,15 +171,15 @@ def read_safetensors(files, metadata=None):
                         raise ModelError(f"{file}: a single file with the keys of Stability's own code, not "
                                          f"read here; use the diffusers folder instead: {SVD} or {SVD}-xt")
                     yield key, tensors.get_tensor(key)
-        except (OSError, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error}): fetch it again") from error
 
 
 def read_json(file):
-    """The content of a JSON file. Raises ModelError."""
+    """The content of a JSON file. Raises ModelError for a missing or broken file, OSError as above."""
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ModelError(f"{file}: not a readable JSON file ({error})") from error
 
 
@@ -197,8 +199,11 @@ def replacing(file):
 def write_safetensors(file, tensors, metadata=None):
     """Writes {key: tensor} and {name: text} metadata to a safetensors file, whole or not at all."""
     with replacing(file) as part:
+        part.touch()                                # its mode follows the umask; save_file's own is 0600
+        mode = part.stat().st_mode
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part,
                   {"format": "pt", **(metadata or {})})
+        part.chmod(mode)
 
 
 def write_json(file, content):

@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 import model
 from lora import merge_lora, save_lora
+from support import checkpoint
 from support.checkpoint import ASSETS, ModelError, read_json, read_safetensors, write_json, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------
@@ -159,9 +160,8 @@ def command_line(description, **settings):
 
 
 # Flags that may change when a run resumes. All others must equal those of the checkpoint.
-FREE = ("output_dir", "max_train_steps", "device", "log_steps", "validation_steps", "checkpointing_steps",
-        "validation_teacher_steps", "checkpoints_total_limit", "resume_from_checkpoint", "workers",
-        "cuda_graph", "plain")
+FREE = ("output_dir max_train_steps device log_steps validation_steps checkpointing_steps workers cuda_graph "
+        "plain validation_teacher_steps checkpoints_total_limit resume_from_checkpoint").split()
 
 
 def clip_flags(flag):
@@ -273,9 +273,8 @@ class MasterWeights:
 
     def __init__(self, net, names):
         parameters = dict(net.requires_grad_(False).named_parameters())
-        self.net_weights = {name: parameters[name].requires_grad_() for name in names}
-        self.masters = {name: torch.nn.Parameter(p.detach().float().clone())
-                        for name, p in self.net_weights.items()}
+        weights = self.net_weights = {name: parameters[name].requires_grad_() for name in names}
+        self.masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in weights.items()}
 
     @torch.no_grad()
     def grads_to_masters(self):
@@ -407,12 +406,11 @@ CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"
 def collect(groups, optimizers):
     """The state of a run as named tensors. groups {prefix: {name: tensor}}, optimizers {prefix: Adam}: the
     two moments and the step count of parameter number i are PREFIX.i.exp_avg, .exp_avg_sq and .step."""
-    tensors = {f"{prefix}.{name}": tensor.detach()
-               for prefix, group in groups.items() for name, tensor in group.items()}
+    named = {f"{prefix}.{name}": p.detach() for prefix, group in groups.items() for name, p in group.items()}
     for prefix, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{prefix}.{i}.{name}": value for name, value in state.items()}
-    return tensors
+            named |= {f"{prefix}.{i}.{name}": value for name, value in state.items()}
+    return named
 
 
 @torch.no_grad()
@@ -458,10 +456,12 @@ def load_checkpoint(folder, which, config, restarted=False):
     """(step, tensors) of the newest complete checkpoint in `folder` (which = "latest"), or of the one at path
     `which`; (0, {}) if there is none, or if which = "none". restarted: torchrun restarted the run after a
     crash, and it continues from its own newest checkpoint, whatever `which` says. Raises ModelError if the
-    checkpoint at path `which` is incomplete, or if one was made with another configuration."""
-    candidates = sorted(folder.glob(CHECKPOINTS), reverse=True) if which == "latest" or restarted else []
-    if which not in ("latest", "none"):
-        candidates.append(Path(which))
+    checkpoint at path `which` is incomplete, or if one was made with another configuration. Raises OSError if
+    a file cannot be read: its checkpoint may be intact, and a run that skipped it would delete it."""
+    search = (which == "latest" or restarted) and folder.exists()
+    # Not glob, which finds nothing in a folder that it may not read.
+    candidates = sorted((p for p in folder.iterdir() if p.match(CHECKPOINTS)), reverse=True) if search else []
+    candidates += [] if which in ("latest", "none") else [Path(which)]
     for path in candidates:
         try:
             state = read_json(path / "state.json")
@@ -491,7 +491,8 @@ def rewind(folder, step):
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         complete = metrics.read_text().rpartition("\n")[0].splitlines()     # the last line may be cut off
-        metrics.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= step))
+        with checkpoint.replacing(metrics) as part:
+            part.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= step))
 
 
 def publish(folder, net, theta, disc_tensors, lora):
@@ -522,8 +523,7 @@ class Run:
         self.args, self.world, self.stop, self.save_sheet = args, world, stop, save_sheet
         self.stopped, self.bad_steps, self.skipped = False, 0, torch.zeros(())
         self.groups, self.optimizers = groups | {"count": {"skipped": self.skipped}}, optimizers
-        self.config = {key: value for key, value in vars(args).items() if key not in FREE}
-        self.config["world_size"] = world.size
+        self.config = {k: v for k, v in vars(args).items() if k not in FREE} | {"world_size": world.size}
         with exit_on_error():
             self.step, tensors = load_checkpoint(
                 args.output_dir, args.resume_from_checkpoint, self.config, world.restarted)

@@ -43,9 +43,9 @@ def find_images(paths):
         found = [Path(path)]
         if Path(path).is_dir():
             found = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise ModelError(f"{path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
             print(f"{path}: {len(found)} pictures of {len([*Path(path).iterdir()])} files", file=sys.stderr)
-        if not found:
-            raise ModelError(f"{path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
         files += found
     stems = [file.stem for file in files]
     repeats = [stems[:i].count(stem) for i, stem in enumerate(stems)]

@@ -1,6 +1,7 @@
 """support/checkpoint.py: folders, shards, variants, the hub, strict loading, and damaged or hostile files."""
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_model import CROSS_DOWN, DOWN, same_weights
+from test_training import no_free_handle
 
 import model
 from support import checkpoint
@@ -121,6 +123,22 @@ def test_a_save_renames_a_complete_file(tmp_path):
         model.save_unet(randomize(net), tmp_path)
         assert reader.read() == before != (tmp_path / WEIGHTS).read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", WEIGHTS}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_the_mode_of_a_file_follows_the_umask(tmp_path, umask):
+    """Also of a file that replaces one with another mode."""
+    earlier = os.umask(umask)
+    try:
+        for _ in range(2):
+            checkpoint.write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+            checkpoint.write_json(tmp_path / "a.json", {})
+            for file in tmp_path.iterdir():
+                assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
+                file.chmod(0o600)
+    finally:
+        os.umask(earlier)
 
 
 def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
@@ -250,6 +268,23 @@ def test_missing_files_say_what_to_do(saved):
         model.load_unet(saved)
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_an_error_of_reading_says_nothing_about_the_content(saved, name):
+    """OSError names the cause. A missing file is a ModelError. A link to itself cannot be opened."""
+    file = saved / "unet" / name
+    read = checkpoint.read_json if name == "config.json" else lambda file: dict(
+        checkpoint.read_safetensors([file]))
+    with no_free_handle(), pytest.raises(OSError, match=f"Too many open files: .*{name}"):
+        read(file)
+    assert read(file)
+    file.unlink()
+    with pytest.raises(ModelError, match=f"{name}: not a readable"):
+        read(file)
+    file.symlink_to(file)
+    with pytest.raises(OSError, match=f"symbolic links: .*{name}"):
+        read(file)
+
+
 def test_pickles_are_not_loaded(saved):
     """Opening a pickle can run any code, so it is not opened."""
     (saved / "unet" / WEIGHTS).unlink()
@@ -335,6 +370,26 @@ def test_hub_cache_is_used_offline_by_revision(monkeypatch, tmp_path):
         model.load_vae("owner/name")
     with pytest.raises(ModelError, match="hub cannot be reached or does not have it"):
         model.load_unet("owner/name", revision="v3")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_hub_fetches_a_network_at_the_root(monkeypatch, tmp_path, variant):
+    """A repository that is a bare UNet. Its other files are not fetched."""
+    asked = {}
+    net = randomize(model.UNet(**UNET))
+    model.save_unet(net, tmp_path, variant=variant)
+
+    def snapshot_download(repo_id, **options):
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert same_weights(model.load_unet("owner/name", variant=variant), net)
+    stem, suffix = "diffusion_pytorch_model", ".fp16" if variant else ""
+    files = [f"{stem}{kind}{shard}.{end}" for kind in ("", ".fp16", ".non_ema") for shard in ("", *SHARDS)
+             for end in ("safetensors", "bin")] + ["config.json", "README.md", f"safety/{stem}.safetensors"]
+    fetched = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"])
+    assert set(fetched) == {"config.json"} | {f"{stem}{suffix}{shard}.safetensors" for shard in ("", *SHARDS)}
 
 
 def test_unknown_hub_id_offline_is_one_sentence(monkeypatch):

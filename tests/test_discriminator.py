@@ -2,11 +2,14 @@
 import pytest
 import torch
 from conftest import randomize, unet_config, vae_config
+from safetensors.torch import load_file, save_file
+from test_model import same_weights
 from torch import nn
 
 import losses
 import model
-from discriminator import DinoFeatures, Discriminator, SpatialHead, TemporalHead, UNetFeatures
+from discriminator import DinoFeatures, Discriminator, SpatialHead, TemporalHead, UNetFeatures, load_dino
+from support.checkpoint import ModelError
 
 # ---- heads ----------------------------------------------------------------------------------------------
 
@@ -48,6 +51,42 @@ def small_dino(num_layers=4, image_size=56):
     config = Dinov2Config(hidden_size=32, num_hidden_layers=num_layers, num_attention_heads=2,
                           image_size=image_size, patch_size=14)
     return Dinov2Model(config)
+
+
+def add(key):
+    return lambda tensors: tensors.update({key: torch.zeros(3)})
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tensors: tensors.pop("layernorm.weight"), "missing_keys layernorm.weight"),
+    (add("surplus"), "unexpected_keys surplus"),
+    (add("embeddings.register_tokens"), "unexpected_keys embeddings.register_tokens"),
+    (add("layernorm.weight"), r"mismatched_keys .*layernorm.weight.*\[3\].*\[32\]")])
+def test_dino_is_loaded_strictly(tmp_path, change, message, capfd):
+    """Nothing but the error is said: transformers has no table of its own for the user to read."""
+    dino = small_dino()
+    dino.save_pretrained(tmp_path)
+    loaded = load_dino(tmp_path)
+    assert same_weights(loaded, dino) and not loaded.training
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(ModelError, match=f"^{tmp_path}: cannot be loaded as a DINOv2 model .*{message}"):
+        load_dino(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_vision_transformers_are_no_dino(tmp_path):
+    """Most keys of a DINOv1 or ViT are unknown to DINOv2. A damaged file is refused as well."""
+    from transformers import ViTConfig, ViTModel
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    ViTModel(ViTConfig(**size, image_size=56, patch_size=14)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="missing_keys .*, unexpected_keys encoder.layer.0"):
+        load_dino(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage" * 100)
+    with pytest.raises(ModelError, match="cannot be loaded as a DINOv2 model"):
+        load_dino(tmp_path)
 
 
 def build(kind, **settings):

@@ -257,6 +257,28 @@ def test_unknown_samplers(name, capsys):
     assert f'--sampler {name}: must be 1 to 99 steps' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tts", "tts printed", "tts v1", "1 cfg 1.5"])
+def test_samplers_of_students_need_a_student(name, capsys):
+    """A teacher has steps only: it would ignore the rest of the name."""
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse_args(["fvd", "--sampler", name])
+    line, = capsys.readouterr().err.splitlines()
+    assert f"--sampler {name}: must be 1 to 99 steps, or for a --student tts" in line
+    assert evaluate.parse_args(["fvd", "--sampler", name, "--student", "out"]).sampler == name
+    assert evaluate.parse_args(["fvd", "--sampler", "25"]).sampler == "25"
+
+
+def test_a_covariance_needs_two_clips(capsys):
+    for count in (0, 1):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.parse_args(["fvd", "--num_clips", str(count)])
+        assert f"argument --num_clips: {count} is not between 2 and" in capsys.readouterr().err
+    assert evaluate.parse_args(["fvd", "--num_clips", "2"]).num_clips == 2
+    a, b = torch.tensor([[0.0, 0], [2, 0]]), torch.tensor([[1.0, 3], [5, 3]])       # variances 2 and 8
+    assert evaluate.frechet_distance(a, b) == pytest.approx(4 + 9 + (8 ** 0.5 - 2 ** 0.5) ** 2)
+    assert np.isfinite(evaluate.interval(a, b))
+
+
 def test_tables_name_runs_and_samplers_that_exist():
     rows = tables.SHIPPED + tables.TABLE1 + [row for rows in tables.TABLE2.values() for row in rows]
     for run, name, paper in rows:

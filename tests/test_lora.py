@@ -1,6 +1,7 @@
 """lora.py: updates that train, switch off, merge, save and load; the same files in diffusers and PEFT."""
 import copy
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import assert_close_relative, randomize, relative_error, unet_config
@@ -286,3 +287,26 @@ def test_student_folder_is_read_in_its_pipelines_variant_if_it_has_it(tmp_path):
     assert same_weights(lora.load_student(tmp_path / "one", net, variant="fp16"), net)
     assert same_weights(lora.load_student(tmp_path / "both", net, variant="fp16"), half)
     assert same_weights(lora.load_student(tmp_path / "both", net), net)
+
+
+def test_hub_student_is_read_in_its_pipelines_variant_if_it_has_it(tmp_path, monkeypatch):
+    """From a cache in the layout of the hub: a bare UNet, and one in unet/; with the variant, and without."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    net = randomize(model.UNet(**CONFIG))
+    half = copy.deepcopy(net).half().float()
+    for name, inside in (("bare", ""), ("pipeline", "unet")):
+        for variants in ("one", "both"):
+            repo = tmp_path / f"models--owner--{name}-{variants}"
+            folder = repo / "snapshots" / ("a" * 40) / inside
+            model.save_unet(net, folder)
+            if variants == "both":
+                model.save_unet(net, folder, torch.float16, "fp16")
+            (repo / "refs").mkdir()
+            (repo / "refs" / "main").write_text("a" * 40)
+        teacher = model.UNet(**CONFIG)
+        assert same_weights(lora.load_student(f"owner/{name}-one", teacher), net)
+        assert same_weights(lora.load_student(f"owner/{name}-one", teacher, variant="fp16"), net)
+        assert same_weights(lora.load_student(f"owner/{name}-both", teacher), net)
+        assert same_weights(lora.load_student(f"owner/{name}-both", teacher, variant="fp16"), half)
+    with pytest.raises(ModelError, match="owner/none: no such folder here, and the hub cannot"):
+        lora.load_student("owner/none", teacher, variant="fp16")

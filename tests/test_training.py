@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +120,31 @@ def spoil(step):
         if (now, turn) == (step, "G"):
             next(iter(script["theta"].masters.values())).grad[0] = float("nan")
     watch(see)
+
+
+@contextmanager
+def no_free_handle():
+    """Inside, opening a file fails with "Too many open files"."""
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def open_no_more():
+    """Leaves no free file handle while the run reads its checkpoints."""
+    read = engine.read_json
+
+    def read_without_handles(file):
+        with no_free_handle():
+            return read(file)
+
+    engine.read_json = read_without_handles
 
 
 def check_routes():
@@ -437,6 +463,18 @@ def test_incomplete_checkpoint_is_skipped(train, whole, tmp_path):
     assert_same_run(tmp_path, whole[1])
 
 
+def test_checkpoints_that_cannot_be_read_now_are_kept(train, whole, tmp_path):
+    """Too many open files: the run is refused. The same command continues from the last step later."""
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    files = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files()
+    run = train(1, folder=tmp_path, before=open_no_more).wait()
+    assert_refused(run, "Too many open files", str(tmp_path))
+    assert files() == before
+    run = train(1, folder=tmp_path).wait()
+    assert run.status == 0 and "from step 10" in run.stdout, run.stderr
+
+
 def test_other_settings_are_refused(train, whole):
     run = train(1, "--learning_rate 0.5", whole[1]).wait()
     assert_refused(run, "learning_rate was 0.0002, is 0.5")
@@ -454,15 +492,19 @@ def test_starting_over_or_further_back(train, whole, tmp_path, start):
     assert checkpoints(tmp_path) == ([5, 7] if start else [2])
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(train, whole):
-    run = train(1, "--max_train_steps 4 --checkpointing_steps 1 --checkpoints_total_limit 9 "
-                   "--validation_steps 100", before=partial(spoil, 3)).wait()
+@BOTH
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, whole, stage):
+    """The student, its optimiser and theta^- stay; the discriminator, whose gradients were finite, moves."""
+    run = train(stage, f"{stage1_of(whole, stage)} --max_train_steps 4 --checkpointing_steps 1 "
+                "--checkpoints_total_limit 9 --validation_steps 100", before=partial(spoil, 3)).wait()
     assert run.status == 0, run.stderr
     assert [row["skipped"] for row in metrics(run.folder)] == [0, 0, 1, 1]
-    for prefix, moves in (("theta", False), ("opt", False), ("psi", True)):
-        before, after = part_of(state(run.folder, 2), prefix), part_of(state(run.folder, 3), prefix)
-        assert equal(before, after) != moves, prefix
-    assert not equal(part_of(state(run.folder, 3), "theta"), part_of(state(run.folder, 4), "theta"))
+    still = ("theta", "opt") if stage == 1 else ("theta", "opt", "ema")
+    two, three, four = (state(run.folder, step) for step in (2, 3, 4))
+    for prefix in (*still, "psi"):
+        assert part_of(two, prefix), prefix
+        assert equal(part_of(two, prefix), part_of(three, prefix)) == (prefix in still), prefix
+        assert not equal(part_of(three, prefix), part_of(four, prefix)), prefix
 
 
 def test_gradients_that_stay_non_finite_end_the_run(train):
@@ -859,6 +901,59 @@ def test_checkpoints_keep_the_last(tmp_path, capsys):
     engine.rewind(tmp_path, 6)
     engine.save_checkpoint(tmp_path, 7, {"x": torch.zeros(2)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 7]
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("which", ["latest", "path"])
+def test_a_checkpoint_that_cannot_be_read_is_no_incomplete_one(tmp_path, name, which, capsys):
+    """Its files may be intact, so it is not skipped. A link to itself fails to open, for root as well."""
+    for step in (3, 6):
+        engine.save_checkpoint(tmp_path, step, {"x": torch.zeros(2)}, {}, keep=3)
+    file = tmp_path / "checkpoint-0000006" / name
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file)
+    which = str(file.parent) if which == "path" else which
+    with pytest.raises(OSError, match=f"symbolic links: .*{name}"):
+        engine.load_checkpoint(tmp_path, which, {})
+    file.unlink()
+    file.write_bytes(content)
+    assert engine.load_checkpoint(tmp_path, which, {})[0] == 6
+    file.write_bytes(content[:len(content) // 2])
+    assert which != "latest" or engine.load_checkpoint(tmp_path, which, {})[0] == 3      # read, and broken
+    assert engine.load_checkpoint(tmp_path / "nowhere", "latest", {}) == (0, {})
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch):
+    engine.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=3)
+    with no_free_handle(), pytest.raises(OSError, match="Too many open files"):
+        engine.load_checkpoint(tmp_path, "latest", {})
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError, match=str(tmp_path)):
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "scandir", refuse)
+        engine.load_checkpoint(tmp_path, "latest", {})
+    assert engine.load_checkpoint(tmp_path, "latest", {})[0] == 3
+
+
+def test_rewind_replaces_the_metrics_whole(tmp_path, monkeypatch):
+    file, write = tmp_path / "metrics.jsonl", Path.write_text
+    rows = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 7))
+    file.write_text(rows + '{"step": 7, "lo')
+
+    def write_half(path, text):
+        write(path, text[:len(text) // 2])
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Path, "write_text", write_half)
+        engine.rewind(tmp_path, 4)
+    assert file.read_text().startswith(rows)
+    engine.rewind(tmp_path, 4)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4] and list(tmp_path.iterdir()) == [file]
 
 
 def test_rewind_keeps_other_files(tmp_path):
