@@ -239,5 +239,5 @@ while run.step < args.max_train_steps and not run.stopped:
 # ---- Final weights, for stage 2 and the sampler ---------------------------------------------------------
 
 if world.rank == 0 and run.step >= args.max_train_steps:
-    engine.publish(args.output_dir, net, theta, psi | psi_buffers, lora=args.train == "lora")
+    engine.publish(args.output_dir, args.model, theta, psi | psi_buffers, lora=args.train == "lora")
 engine.end_world(world)

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 import model
-from lora import merge_lora, save_lora
+from lora import load_lora, merge_lora, save_lora
 from support import checkpoint
 from support.checkpoint import ASSETS, ModelError, read_json, read_safetensors, write_json, write_safetensors
 
@@ -495,14 +495,16 @@ def rewind(folder, step):
             part.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= step))
 
 
-def publish(folder, net, theta, disc_tensors, lora):
+def publish(folder, path, theta, disc_tensors, lora):
     """Writes what stage 2 and sampler.py read: trained weights (student.safetensors), the discriminator's
-    (disc.safetensors), the whole UNet (merged/) and, if only LoRA trained, the LoRA for other tools."""
+    (disc.safetensors), the whole UNet (merged/) and, if only LoRA trained, the LoRA for other tools. The
+    masters are merged in fp32 into the UNet at `path`: in bf16 the sum would lose most of a small update."""
     write_safetensors(folder / "student.safetensors", theta.tensors())
     write_safetensors(folder / "disc.safetensors", disc_tensors)
+    unet = load_lora(model.load_unet(path), folder / "student.safetensors")
     if lora:
-        save_lora(net, folder)
-    model.save_unet(merge_lora(net), folder / "merged", torch.float16)
+        save_lora(unet, folder)
+    model.save_unet(merge_lora(unet), folder / "merged", torch.float16)
     print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
 
 

@@ -325,6 +325,30 @@ def test_samples_are_written(whole, stage):
 
 
 @BOTH
+def test_masters_are_merged_in_fp32(train, whole, teacher, stage):
+    """In a bf16 run, too, merged/ is the teacher with the fp32 masters, rounded to fp16 once. Frozen weights
+    keep their bits, and the LoRA file holds the masters."""
+    flags = "--mixed_precision bf16 --max_train_steps 2 --learning_rate 1e-2"
+    run = train(stage, flags + f" --stage1 {whole[1]}" * (stage == 2)).wait()
+    assert run.status == 0, run.stderr
+    masters = load_file(run.folder / "student.safetensors")
+    merged = model.load_unet(run.folder / "merged").state_dict()
+    updated = 0
+    for key, weight in model.load_unet(teacher).state_dict().items():
+        path, weight = key.removesuffix(".weight"), masters.get(key, weight)
+        if f"{path}.lora_A.weight" in masters:
+            update = masters[f"{path}.lora_B.weight"] @ masters[f"{path}.lora_A.weight"]
+            torch.testing.assert_close(merged[key], weight + update, rtol=2 ** -10, atol=1e-7)
+            updated += update.any().item()
+        else:
+            assert torch.equal(merged[key], weight.half().float()), key
+    assert updated > 10
+    if stage == 1:
+        saved = load_file(run.folder / lora.LORA_FILE)
+        assert all(torch.equal(saved[f"unet.{name}"], tensor) for name, tensor in masters.items())
+
+
+@BOTH
 def test_teacher_is_shown_beside_the_student(whole, teacher, stage):
     """The teacher's rows come from the teacher, not from the network that trains, with the student's pictures
     and noise."""
