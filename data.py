@@ -194,8 +194,8 @@ class Clips:
         cannot run at all."""
         process = self.local.process = getattr(self.local, "process", None) or Popen(
             DECODER, stdin=PIPE, stdout=PIPE, start_new_session=True)
-        num_frames, width, height, _ = self.shape.values()
-        frames = torch.empty(num_frames, height, width, 3, dtype=torch.uint8)
+        sides = [self.shape[name] for name in ("num_frames", "height", "width")]
+        frames = torch.empty(*sides, 3, dtype=torch.uint8)
         with suppress(OSError, ValueError):             # a broken pipe or half an answer: the process died
             process.stdin.write(json.dumps({"path": path, "start": start, **self.shape}).encode() + b"\n")
             process.stdin.flush()

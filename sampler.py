@@ -209,7 +209,7 @@ def make_parser():
     flag("--tts", action="store_true", default=None, help="Time Travel Sampler (default: on with --steps 1)")
     flag("--no_tts", dest="tts", action="store_false", default=None, help="one step, one network evaluation")
     flag("--min_guidance_scale", type=number(0.0, 100.0), default=1.0, help="of the teacher, first frame")
-    flag("--max_guidance_scale", type=number(0.0, 100.0), default=3.0, help="last frame; 1, 1: no guidance")
+    flag("--max_guidance_scale", type=number(0.0, 100.0), default=3.0, help="and its last frame; both 1: off")
     flag("--decode_chunk_size", type=number(1, 1000), help="frames at once; fewer save memory (default: all)")
     flag("--offload", action="store_true", help="keep each network on the GPU only while it runs")
     flag("--cuda_graph", action="store_true", help="record the UNet as a CUDA graph; fast after 4 calls")

@@ -148,7 +148,7 @@ def nets(args):
         unet.requires_grad_(True)
         yield measure(f"{variant}: UNet forward + backward", backward, args, unet)
         unet.zero_grad()                                # in case it ran out of memory
-        (unet.enable_gradient_checkpointing if variant == "diffusers" else unet.set_checkpointing)()
+        unet.enable_gradient_checkpointing() if variant == "diffusers" else unet.set_checkpointing()
         yield measure(f"{variant}: the same, checkpointed", backward, args, unet)
         if cuda_graph:
             recorded = engine.cuda_graph(backward)

@@ -84,11 +84,11 @@ def trained(run, seed, args):
 FLOOR = ("real", "other futures", None)
 TEACHER = [("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "4", None),
            ("teacher", "2", 1015.25), ("teacher", "1", 1177.34)]
-OSV = ONE, TTS, _ = ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)
-SHIPPED = [FLOOR, *TEACHER, *(("shipped", *figures) for _, *figures in OSV),
+ONE, TTS, TWO = ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)
+SHIPPED = [FLOOR, *TEACHER, *(("shipped", *row[1:]) for row in (ONE, TTS, TWO)),
            ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
 TABLE1 = [FLOOR, *TEACHER, ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
-          ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), *OSV]
+          ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ONE, TTS, TWO]
 TABLE2 = dict(
     a=[("m = 1", "tts", 332.25), TTS], b=[("stage 2 alone", "tts", 221.75), TTS],
     c=[("stage 1 alone", "2", 298.35), ("stage 1 alone", "tts", 234.13), TTS],
