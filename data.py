@@ -13,7 +13,7 @@ noise are functions of (seed, number) only. So the position in the data is one i
 processes and after any resume.
 
 Videos are decoded in separate processes (support/decode.py). A file that crashes or hangs its decoder is
-added to a skip list, and training goes on with the next file.
+added to a skip list, and training goes on with another file.
 
     $ python data.py check VIDEOS --out good.jsonl              # lists the files that can be decoded
     $ python data.py preview VIDEOS --out sheet.png             # draws the clips that training will get
@@ -27,9 +27,9 @@ import signal
 import sys
 import threading
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import NamedTuple
@@ -39,7 +39,7 @@ from einops import rearrange, repeat
 from tqdm import tqdm
 
 import model
-from support import engine, kernels
+from support import checkpoint, engine, kernels
 from support.checkpoint import ModelError, read_json, read_safetensors, write_json, write_safetensors
 from support.media import save_sheet
 from toy.world import toy_clips
@@ -104,33 +104,41 @@ def toy_latents(vae, image_encoder, seed: int, num_clips: int, num_frames: int =
 
 # ---- Video files: folders and lists ---------------------------------------------------------------------
 
-SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .gif".split())
+SUFFIXES = tuple(".mp4 .m4v .mov .3gp .3g2 .f4v .mkv .webm .avi .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv "
+                 ".asf .gif".split())
 COLUMNS = ("path", "video", "file", "filename", "video_path")           # OpenVid-1M has `video`
 
 
-def open_files(data, where=()) -> list[str]:
+def open_files(data, where=(), report=False) -> list[str]:
     """The paths of the videos of a folder and its sub-folders, or of a .csv or .jsonl list with a column
     named in COLUMNS. A million paths take about 150 MB of memory.
 
-    where: keeps only rows of a list whose values are within limits: [("motion score", 2, 20), ...]. Raises
-    ModelError."""
+    where: keeps only rows of a list whose values are within limits: [("motion score", 2, 20), ...]. report:
+    prints what is passed over in a folder. Raises ModelError."""
     data = Path(data).absolute()
-    is_list = data.suffix in (".csv", ".jsonl")
+    is_list = data.suffix in (".csv", ".jsonl") and data.is_file()      # reading a pipe would wait for ever
     if not is_list and (where or not data.is_dir()):
-        raise ModelError(f"{data}: not a .csv or .jsonl list" + ", nor a folder" * (not where))
-    files = list(read_list(data, where) if is_list else walk(data))
+        raise ModelError(f"{data}: no .csv or .jsonl list" + ", nor a folder" * (not where))
+    files = list(read_list(data, where) if is_list else walk(data, report))
     if not files:
         raise ModelError(f"{data}: no videos in it" + ", or none within the limits" * bool(where))
     return files
 
 
-def walk(root):
-    """Yields the videos below a folder in alphabetical order. Links to folders are not followed."""
+def walk(root, report):
+    """Yields the videos below a folder in alphabetical order. Links to folders are not followed. report:
+    prints at the end how many files are no videos by their names."""
+    others = []
     for folder, folders, names in os.walk(root):
         folders.sort()                                  # in place: os.walk visits them in this order
+        others += ["(linked folder)" for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(folder, name)
+            else:
+                others.append("(hidden)" if name[0] == "." else Path(name).suffix.lower() or "(no suffix)")
+    if report and others:
+        print(f"passed over {len(others)} files: {' '.join(sorted(set(others))[:30])}")
 
 
 def read_list(data, where):
@@ -147,10 +155,10 @@ def read_list(data, where):
                     if missing := {column, *(name for name, _, _ in limits)} - set(row):
                         raise ModelError(f"no column {min(missing)}, only {', '.join(row)}")
                     root = data.parent / column if (data.parent / column).is_dir() else data.parent
-                with suppress(TypeError, KeyError, ValueError):
+                with suppress(TypeError, KeyError, ValueError, OverflowError):
                     if all(low <= float(row[name]) <= high for name, low, high in limits):
                         yield os.path.join(root, row[column])
-        except (csv.Error, ValueError, TypeError) as error:
+        except (csv.Error, ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"{data}: cannot be read: {error}") from error
 
 
@@ -170,8 +178,8 @@ class Clips:
     """Clips of videos by number, decoded ahead of time by `workers` processes.
 
     Clip `number` comes from file `number % n` of the shuffled epoch `number // n`, so each file is used once
-    per epoch. A bad file is replaced by the next good one; its path and the reason go into `skip_list`
-    (JSONL). Files that are in that list at the start are not opened.
+    per epoch. A bad file is replaced by a good one, which differs between the clips; its path and the reason
+    go into `skip_list` (JSONL). Files that are in that list at the start are not opened.
 
     A training process reads `clips_per_rank` consecutive numbers out of every `batch_size`; these two numbers
     tell which clips to decode ahead.
@@ -183,10 +191,11 @@ class Clips:
         self.clips_per_rank, self.batch_size = clips_per_rank, batch_size
         self.shape = {"num_frames": num_frames, "width": width, "height": height, "fps": fps}
         self.num_ahead, self.pending = 2 * workers, {}                  # pending: {number: future clip}
-        self.threads, self.local = ThreadPoolExecutor(workers), threading.local()   # one decoder per thread
-        self.skip_list, self.bad = skip_list and Path(skip_list), {}    # bad: {path: facts}
-        if skip_list and self.skip_list.exists():
-            self.bad = {row["path"]: row for row in map(json.loads, self.skip_list.read_text().splitlines())}
+        # One decoder per thread. These are daemon threads: Ctrl-C does not wait for a decoder that hangs.
+        self.threads, self.local = ThreadPool(workers), threading.local()
+        self.skip_list = skip_list and Path(skip_list)
+        rows = checkpoint.read_lines(self.skip_list, path=str, reason=str) if skip_list else []
+        self.bad = {row["path"]: row for row in rows}                   # {path: facts}
 
     def ask_decoder(self, path, start):
         """Runs decode.read_clip in this thread's process -> (frames uint8 [f H W 3], facts). If facts has a
@@ -229,9 +238,12 @@ class Clips:
         """Clip `number` -> (frames uint8 [f H W 3], facts). Raises ModelError if no file is good."""
         n = len(self.files)
         epoch, position = divmod(number, n)
-        start, mirror = engine.uniforms(self.seed, torch.tensor([number]), 21, 2)[0].tolist()
+        start, mirror, skip = engine.uniforms(self.seed, torch.tensor([number]), 21, 3)[0].tolist()
         for i in range(tries := min(TRIES, n)):
-            path = self.files[shuffled(self.seed, epoch, n)[(position + i) % n]]
+            # The first try is the clip's own file. The others, 1 to n - 1 places further, begin at a random
+            # place, so that bad files that follow each other are replaced by different ones.
+            further = i and 1 + (int(skip * n) + i) % (n - 1)
+            path = self.files[shuffled(self.seed, epoch, n)[(position + further) % n]]
             frames, facts = self.read(path, start)
             if "reason" not in facts:
                 return frames.flip(2) if self.flip and mirror < 0.5 else frames, facts
@@ -247,10 +259,10 @@ class Clips:
             ahead.append(number)
         for number in wanted + ahead:
             if number not in self.pending:
-                self.pending[number] = self.threads.submit(self.clip, number)
-        frames = torch.stack([self.pending[number].result()[0] for number in wanted])
+                self.pending[number] = self.threads.apply_async(self.clip, [number])
+        frames = torch.stack([self.pending[number].get()[0] for number in wanted])
         for number in self.pending.keys() - set(ahead):
-            self.pending.pop(number).cancel()
+            del self.pending[number]
         return frames
 
 
@@ -290,10 +302,21 @@ class ShardLatents:
     """The output of `encode`, mapped into memory: a step reads only its own clips from disk."""
 
     def __init__(self, folder, seed, device):
-        self.seed, self.device, self.index = seed, device, dict(read_json(folder / "index.json"))
-        if self.index.pop("sha256", "") != digest(json.dumps(self.index).encode()):
-            raise ModelError(f"{folder}/index.json: its checksum is wrong: run the same `encode` again")
-        self.shards = [Latents(**dict(read_safetensors([folder / name]))) for name in self.index["shards"]]
+        index = read_json(folder / "index.json", sha256=str, shards=dict, num_clips=int, shard_size=int,
+                          num_frames=int, width=int, height=int)
+        checksum, n, size = index.pop("sha256"), index["num_clips"], index["shard_size"]
+        if checksum != digest(json.dumps(index).encode()) or not 0 < n <= size * len(index["shards"]):
+            raise ModelError(f"{folder}/index.json: wrong checksum or counts: run the same `encode` again")
+        self.seed, self.device, self.index, self.shards = seed, device, index, []
+        f, h, w = index["num_frames"], index["height"] // 8, index["width"] // 8
+        for i, name in enumerate(index["shards"]):
+            tensors = dict(read_safetensors([folder / name]))           # reads the header, maps the rest
+            found = {key: [*x.shape] for key, x in tensors.items()}
+            b, d = min(size, n - i * size), found.get("image_embeds", [])[-1:]
+            wanted = dict(zip(Latents._fields, ([b, f, 4, h, w], [b, 1, *d], [b, 4, h, w], [b, 3])))
+            if found != wanted:
+                raise ModelError(f"{folder}/{name}: has {found}, not {wanted}: delete it, encode again")
+            self.shards.append(Latents(**tensors))
 
     def take(self, numbers):
         """Clips `numbers` [b], shuffled, each once per epoch -> x0 [b f 4 h w] and model.Cond, fp32."""
@@ -301,6 +324,8 @@ class ShardLatents:
         for epoch, position in (divmod(number, n) for number in numbers.tolist()):
             shard, row = divmod(shuffled(self.seed, epoch, n)[position].item(), self.index["shard_size"])
             rows.append([x[row:row + 1].to(self.device) for x in self.shards[shard]])
+            if not all(x.isfinite().all() for x in rows[-1]):
+                raise ModelError(f"{list(self.index['shards'])[shard]}: NaN or infinity in clip {row} of it")
         return concatenate(rows).take(torch.arange(len(rows)))
 
 
@@ -312,10 +337,11 @@ def digest(content):
 # ---- Opening data ---------------------------------------------------------------------------------------
 
 
-def open_clips(args, **options):
-    """The videos that the flags `args` name -> Clips. options: its other arguments. Raises ModelError."""
-    return Clips(open_files(args.data, args.where), args.seed, args.num_frames, args.width, args.height,
-                 fps=args.fps, flip=args.flip, workers=args.workers, **options)
+def open_clips(args, report=False, **options):
+    """The videos that the flags `args` name -> Clips. report: prints what is passed over in a folder.
+    options: its other arguments. Raises ModelError."""
+    return Clips(open_files(args.data, args.where, report), args.seed, args.num_frames, args.width,
+                 args.height, fps=args.fps, flip=args.flip, workers=args.workers, **options)
 
 
 def open_data(args, vae, image_encoder, **options):
@@ -339,16 +365,22 @@ def open_data(args, vae, image_encoder, **options):
 
 def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     """The data that a trainer's flags name, for a process that trains on `clips_per_rank` clips of each
-    batch -> the result of open_data, and (x0, cond) of four validation clips: unseen clips of the toy world,
-    the same videos at other times, or clips of the same shards."""
+    batch -> the result of open_data, and (x0, cond) of four validation clips. Those of the toy world are
+    unseen. Those of videos are the same videos at other times, and those of shards are clips that the run
+    trains on: nothing is held out."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    width, height = model.default_size(unet)
-    flags = vars(args) | {"num_frames": unet.config["num_frames"], "width": args.width or width,
-                          "height": args.height or height}
+    width, height = (given or default for given, default in
+                     zip((args.width, args.height), model.default_size(unet)))
+    if width % (stride := model.pixel_stride(unet)) or height % stride:
+        raise ModelError(f"--width {width} --height {height}: must be multiples of {stride} for this model")
+    flags = vars(args) | {"num_frames": unet.config["num_frames"], "width": width, "height": height}
     latents = open_data(Namespace(**flags), vae, image_encoder, clips_per_rank=clips_per_rank,
                         batch_size=args.batch_size, skip_list=args.output_dir / f"skipped-{rank}.jsonl")
     flags |= {"seed": args.seed + HELD_OUT, "num_clips": 4}
-    return latents, open_data(Namespace(**flags), vae, image_encoder).take(torch.arange(4))
+    other = open_data(Namespace(**flags), vae, image_encoder) if args.data == "toy" else latents
+    # Numbers that training does not reach. 720,720 is a multiple of 1 to 16: four clips of few videos belong
+    # to one epoch, so they differ.
+    return latents, other.take(HELD_OUT * 720_720 + torch.arange(4))
 
 
 # ---- Commands -------------------------------------------------------------------------------------------
@@ -362,23 +394,26 @@ def check(args, out):
             if digest((Path(args.data) / name).read_bytes()) != shards[name]:
                 raise ModelError(f"{args.data}/{name}: damaged: delete it and run the same `encode` again")
         return print(f"{args.data}: all {len(shards)} shards have the right checksums")
-    bad = out.with_suffix(".bad.jsonl")
-    bad.unlink(missing_ok=True)                         # files that failed an earlier check get a new try
-    clips = open_clips(args, skip_list=bad)
+    checkpoint.check_writable(out)
+    bad, clips = out.with_suffix(".bad.jsonl"), open_clips(args, report=True)
+    checkpoint.refuse_overwriting([out, bad], [args.data])
     good, n, step = 0, len(clips.files), 64 * args.workers
-    with open(out, "w") as file, tqdm(total=n, desc="check", disable=None) as bar:
+    with (checkpoint.replacing(out) as good_part, checkpoint.replacing(bad) as bad_part,
+          open(good_part, "w") as good_list, open(bad_part, "w") as bad_list,
+          tqdm(total=n, desc="check", disable=None) as bar):
         for first in range(0, n, step):                 # in steps: a queue of a million tasks needs memory
-            for _, facts in clips.threads.map(clips.read, clips.files[first:first + step]):
-                if "reason" not in facts:
-                    file.write(json.dumps(facts) + "\n")
-                    good += 1
+            for _, facts in clips.threads.imap(clips.read, clips.files[first:first + step]):
+                (bad_list if "reason" in facts else good_list).write(json.dumps(facts) + "\n")
+                good += "reason" not in facts
                 bar.update()
     print(f"{good} videos are good: {out}; {n - good} are not: {bad}")
 
 
 def preview(args, out):
     """draws the first clips as a trainer gets them, one per row"""
-    frames, facts = zip(*map(open_clips(args).clip, range(args.num_clips or 8)))
+    checkpoint.check_writable(out)
+    checkpoint.refuse_overwriting([out], [args.data])
+    frames, facts = zip(*map(open_clips(args, report=True).clip, range(args.num_clips or 8)))
     save_sheet(rearrange(torch.stack(frames), "n f h w c -> n f c h w") / 127.5 - 1, out)
     print(*map(json.dumps, facts), f"wrote {out}", sep="\n")
 
@@ -386,7 +421,7 @@ def preview(args, out):
 def encode(args, out):
     """writes latents and conditions of all clips into shards, which a trainer's --data reads; resumes"""
     world, size = engine.start_world(), args.shard_size
-    clips = open_clips(args, clips_per_rank=size, batch_size=size * world.size,
+    clips = open_clips(args, report=world.rank == 0, clips_per_rank=size, batch_size=size * world.size,
                        skip_list=out / f"bad-{world.rank}.jsonl")
     count = args.num_clips or len(clips.files)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "out", "workers")}
@@ -398,14 +433,18 @@ def encode(args, out):
     source = VideoLatents(clips, *nets, args.motion_bucket_id)
     out.mkdir(parents=True, exist_ok=True)              # only now: bad input leaves no folder behind
     if world.rank == 0:
+        checkpoint.clear_parts(out)
         write_json(out / "settings.json", settings)
+    engine.any_rank(False, world.device)                # nobody writes before the folder is cleared
     parts = torch.arange(count).split(size)
     shards = [out / f"shard-{i:06d}.safetensors" for i in range(len(parts))]
     sums = [shard.with_suffix(".sha256") for shard in shards]           # written last: marks a finished shard
     for i in tqdm(range(world.rank, len(parts), world.size), f"process {world.rank}", disable=None):
-        if not (sums[i].exists() and shards[i].exists()):
+        # A killed writer may have left a checksum that is empty or filled with zeros.
+        if not (shards[i].exists() and sums[i].exists() and len(sums[i].read_bytes().strip(b"\0")) == 64):
             write_safetensors(shards[i], concatenate(map(source.encode, parts[i].split(1)))._asdict())
-            sums[i].write_text(digest(shards[i].read_bytes()))
+            with checkpoint.replacing(sums[i]) as part:
+                part.write_text(digest(shards[i].read_bytes()))
     # The process that finishes the last shard writes the index. If two finish together, both write the same.
     if all(file.exists() for file in shards + sums):
         index = settings | {"shards": {shard.name: file.read_text() for shard, file in zip(shards, sums)}}
@@ -418,22 +457,21 @@ def encode(args, out):
 def main():
     modes = {"check": (check, "good.jsonl"), "preview": (preview, "sheet.png"), "encode": (encode, "shards")}
     parser = engine.command_line("Prepare videos for training.")
-    flag, positive = parser.add_argument, engine.positive
+    flag = parser.add_argument
     flag("command", choices=modes, help="; ".join(f"{mode} {modes[mode][0].__doc__}" for mode in modes))
     flag("data", help="a folder of videos, or a .csv or .jsonl list of paths; for check, shards as well")
     flag("--out", type=Path, help="output (None: good.jsonl, sheet.png or shards)")
     engine.clip_flags(flag)
     parser.set_defaults(width=576, height=320, workers=os.cpu_count())
-    flag("--num_frames", type=positive, default=14, help="frames per clip")
-    flag("--num_clips", type=positive, help="number of clips (None: preview 8, encode one per video)")
+    flag("--num_frames", default=14, help="frames per clip")
+    flag("--num_clips", help="number of clips (None: preview 8, encode one per video)")
     flag("--model", default="assets/toy", help="encode: pipeline folder or hub id")
-    flag("--shard_size", type=positive, default=256, help="encode: clips per shard")
+    flag("--shard_size", default=256, help="encode: clips per shard")
     args = parser.parse_args()
     if args.width % 8 or args.height % 8:
         parser.error(f"--width {args.width} --height {args.height}: sizes must be multiples of 8")
     function, out = modes[args.command]
-    with engine.exit_on_error():
-        function(args, args.out or Path(out))
+    function(args, args.out or Path(out))
 
 
 if __name__ == "__main__":

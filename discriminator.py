@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from model import load_unet
 from solver import precondition
 from support.checkpoint import ModelError
+from support.engine import uniforms
 from support.upsample import upsample_normalize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,8 +104,9 @@ def load_dino(path):
     try:
         dino, report = Dinov2Model.from_pretrained(path, use_safetensors=True, dtype=torch.float32,
                                                    output_loading_info=True, ignore_mismatched_sizes=True)
-        if wrong := [f"{kind} {min(keys)}" for kind, keys in report.items() if keys]:
-            raise ValueError(", ".join(wrong))
+        wrong = [f"{kind} {min(keys)}" for kind, keys in report.items() if keys]
+        if wrong or not isinstance(dino.config.image_size, int):
+            raise ValueError(", ".join(wrong) or f"image_size {dino.config.image_size} is not one number")
         return dino
     except Exception as error:                      # also safetensors' own, and those of a configuration
         raise ModelError(f"{path}: cannot be loaded as a DINOv2 model ({error})") from error
@@ -182,6 +184,9 @@ class UNetFeatures(nn.Module):
 
     The UNet is trained on noisy latents, so real and generated ones get noise first: ln sigma ~ N(-1, 1). It
     also sees the condition, so the heads can reject a video that does not belong to its image.
+
+    The noise of a clip is a function of its number, so it does not depend on the rest of the batch; a real
+    and a generated clip with the same number get the same noise.
     """
 
     LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.0, 1.0       # SF-V, Table 3: mean -2 does not train, 0 and 1 are worse
@@ -197,12 +202,18 @@ class UNetFeatures(nn.Module):
             self.levels.append(position + len(block.resnets))
             position += len(block.resnets) + len(block.downsamplers)
 
-    def forward(self, latents, cond):
-        """latents [b f c h w], cond -> list of maps [(b f) c h w], one per resolution."""
-        sigma = torch.randn(len(latents), 1, 1, 1, 1, device=latents.device)
-        sigma = (self.LOG_SIGMA_MEAN + self.LOG_SIGMA_STD * sigma).exp()                        # b 1 1 1 1
+    def forward(self, latents, cond, numbers=None):
+        """latents [b f c h w], cond, clip numbers [b] (None: random) -> list of maps [(b f) c h w], one per
+        resolution."""
+        if numbers is None:
+            numbers = torch.randint(2 ** 31, (len(latents),), device=latents.device)
+        size = latents[0].numel() + 1                                                           # f c h w + 1
+        u, v = uniforms(0, numbers, 13, 2 * size).split(size, dim=1)                            # b size each
+        normal = (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()                          # Box-Muller
+        sigma = (self.LOG_SIGMA_MEAN + self.LOG_SIGMA_STD * normal[:, :1]).exp().view(-1, 1, 1, 1, 1)
         scalings = precondition(sigma)                                                          # EDM Table 1
-        x = scalings.c_in * (latents + sigma * torch.randn_like(latents))                       # b f c h w
+        noise = normal[:, 1:].view_as(latents)                                                  # b f c h w
+        x = scalings.c_in * (latents + sigma * noise)                                           # b f c h w
         x = torch.cat([x, cond.image_latents.to(x.dtype)], dim=2)                               # b f 2c h w
         outputs, _, _ = self.backbone.encode(x, scalings.c_noise.flatten(), cond.image_embeds, cond.time_ids)
         return [outputs[i] for i in self.levels]
@@ -226,8 +237,8 @@ def load_features(kind, path, dino, vae):
 
 
 class Discriminator(nn.Module):
-    """disc(latents [b f c h w], cond=None) -> logits [b k]; positive means real. k counts the places of all
-    heads and levels.
+    """disc(latents [b f c h w], cond=None, numbers=None) -> logits [b k]; positive means real. k counts the
+    places of all heads and levels. numbers [b]: clip numbers, for features that draw noise.
 
     The heads and the map to 3 channels are trainable. The networks of the features are frozen: they stay in
     eval mode and get no gradients of their own, but gradients pass through them to the latents.
@@ -259,9 +270,10 @@ class Discriminator(nn.Module):
             net.requires_grad_(False)
         return self
 
-    def forward(self, latents, cond=None):
+    def forward(self, latents, cond=None, numbers=None):
         num_frames = latents.shape[1]
-        maps = self.features(latents, cond)                                     # (b f) d h w per level
+        noise = () if numbers is None else (numbers,)
+        maps = self.features(latents, cond, *noise)                             # (b f) d h w per level
         # The weights of the heads are fp32. Under autocast the heads compute in the dtype of the features.
         dtype = maps[0].dtype
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):

@@ -11,6 +11,7 @@
     measure             generated clips -> all figures
     parse_sampler       "25", "tts", "1 cfg 1.5": a sampler by its name
     Report              rows of one protocol: `fvd` has one row, tools/tables.py has the paper's tables
+    read_report         the file of a report -> its content
 
 FVD (Unterthiner et al., arXiv 1812.01717) is the Frechet distance between real and generated clips in the
 space of the 400 logits of an I3D network trained on Kinetics. In the toy world a VideoClassifier takes I3D's
@@ -37,8 +38,8 @@ import model
 import sampler
 from lora import load_student
 from solver import NUM_SIGMAS, karras_sigmas, strided
-from support import engine
-from support.checkpoint import ModelError, load_network, read_json, save_network, write_json
+from support import checkpoint, engine
+from support.checkpoint import ModelError, load_network, save_network, write_json
 from support.kernels import fast
 from support.media import save_sheet
 from toy.world import COLOURS, toy_clips
@@ -92,16 +93,22 @@ save_detector = save_network
 def load_detector(path, device="cpu"):
     """The detector at a path: a folder written by save_detector, or a TorchScript file of I3D. "i3d" fetches
     the file from the hub. A TorchScript file can run code: load only files from a source you trust. Raises
-    ModelError."""
+    ModelError, also for a network that does not take two short clips or does not return features [2 k]."""
     try:
         if path == "i3d":
             from huggingface_hub import hf_hub_download
             path = hf_hub_download("flateon/FVD-I3D-torchscript", "i3d_torchscript.pt")     # StyleGAN-V's
-        if not Path(path).is_dir():
-            return torch.jit.load(str(path), map_location=device).eval()
-        return load_network(VideoClassifier, Path(path), None, torch.float32, device)
-    except (OSError, RuntimeError, ValueError) as error:            # from the hub, the file or its contents
-        raise ModelError(f"{path}: cannot be loaded as a detector ({error})") from error
+        if Path(path).is_dir():
+            detector = load_network(VideoClassifier, Path(path), None, torch.float32, device)
+        else:
+            checkpoint.require_file(Path(path))
+            detector = torch.jit.load(str(path), map_location=device).eval()
+        features = video_features(detector, torch.zeros(2, 16, 3, 32, 32, device=device))
+        if features.ndim != 2 or len(features) != 2 or not features.isfinite().all():
+            raise ValueError(f"from two clips it makes {tuple(features.shape)}, not finite features [2 k]")
+        return detector
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:        # of hub, file or first call
+        raise ModelError(f"{path}: cannot be loaded as a detector ({error}); give another one") from error
 
 
 def fingerprint(net):
@@ -256,7 +263,8 @@ def parse_sampler(name, is_teacher, guidance):
 @torch.no_grad()
 def generate_clips(draw, net, vae, reference, numbers, seed):
     """Generated clips for the reference clips `numbers` [b] -> frames uint8 [b f 3 H W], and the seconds
-    without decoding. draw(net, cond, generator=..) -> x0 [b f 4 h w]."""
+    without decoding. draw(net, cond, generator=..) -> x0 [b f 4 h w]. Raises ModelError if the networks
+    return NaN or infinity, which uint8 frames would hide."""
     device = next(vae.parameters()).device
     cond = model.Cond(*(x[numbers].to(device) for x in reference.cond))
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in numbers.tolist()]
@@ -264,7 +272,10 @@ def generate_clips(draw, net, vae, reference, numbers, seed):
     x0 = draw(net, cond, generator=generators)
     torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - began
-    return to_bytes(sampler.decode(vae, x0)), seconds
+    frames = sampler.decode(vae, x0)
+    if not frames.isfinite().all():
+        raise ModelError("the networks returned NaN or infinity: did the student's training diverge?")
+    return to_bytes(frames), seconds
 
 
 def measure(generate, detector, reference, seed=0, batch_size=32):
@@ -315,27 +326,41 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
 # Reports
 
 
+def read_report(file, **figures):
+    """The content of a report. figures: the type of each figure that a row must have. Raises ModelError."""
+    report = checkpoint.read_json(file, command=str, date=str, device=str, protocol=dict, rows=list)
+    for row in report["rows"]:
+        if wrong := checkpoint.misfit(row, {"run": str, "sampler": str, "seed": int, **figures}):
+            raise ModelError(f"{file}: not the rows of a report ({wrong})")
+    return report
+
+
 class Report:
     """Rows measured by one protocol: printed, and written to --report as JSON, beside a picture of the first
     clips of each row, real clips first.
 
-    A row is (run, sampler, training seed, the FVD that the paper prints or None). run: "teacher", the path of
-    a student, or a name in tools/tables.py. args: the flags of report_flags. protocol: further entries.
-    Raises ModelError.
+    rows: {(run, sampler, training seed): figures}. run: "teacher", the path of a student, or a name in
+    tools/tables.py. args: the flags of report_flags. protocol: further entries. Raises ModelError, or OSError
+    if --report cannot be written.
     """
 
     def __init__(self, args, **protocol):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, engine.choose_device(args.device)
         detector = args.detector or Path(args.model) / "i3d"
+        outputs = [args.report, args.report.with_suffix(".jpg")] if args.report else []
+        checkpoint.refuse_overwriting(outputs, [args.data, args.model, detector, vars(args).get("student")])
+        checkpoint.check_writable(*outputs)
         self.detector = load_detector(detector, self.device)
         self.teacher, self.vae = self.load(model.load_unet), self.load(model.load_vae)
-        width, height = model.default_size(self.teacher)
-        self.shape = self.teacher.config["num_frames"], args.width or width, args.height or height
+        width, height = sampler.choose_size(args, self.teacher)
+        if args.data == "toy" and width != height:
+            raise ModelError(f"the toy world is square, not {width}x{height}: give other --data")
+        self.shape = self.teacher.config["num_frames"], width, height
         self.protocol = {"detector": Path(detector).name, "detector_sha256": fingerprint(self.detector),
                          "data": args.data, "clips": args.num_clips, "frames": self.shape[0], "fps": data.FPS,
                          "size": [*self.shape[1:]], "seed": args.seed, "guidance": args.guidance, **protocol}
         print("protocol:", json.dumps(self.protocol))
-        self.rows = self.earlier_rows() if args.resume and args.report and args.report.exists() else []
+        self.rows = self.earlier_rows() if args.resume and args.report and args.report.exists() else {}
         self.reference = open_reference(
             args, self.vae, self.load(model.load_image_encoder), self.detector, *self.shape, self.device)
         self.shown = [self.reference.shown]                                     # SHOWN f 3 H W each
@@ -352,19 +377,14 @@ class Report:
         return net if self.args.plain else fast(net)
 
     def earlier_rows(self):
-        """The rows that --report already has. Raises ModelError if their protocol differs."""
-        earlier = read_json(self.args.report)
-        was = earlier.get("protocol", {})
+        """{(run, sampler, seed): row} of --report. Raises ModelError if its protocol differs."""
+        earlier = read_report(self.args.report)
+        was = earlier["protocol"]
         differ = [f"{k} was {was.get(k)}, is {now}" for k, now in self.protocol.items() if was.get(k) != now]
         if differ:
             raise ModelError(f"{self.args.report} has another protocol: {'; '.join(differ)}. "
                              "Leave out --resume, or choose another --report")
-        return earlier["rows"]
-
-    def missing(self, rows):
-        """The rows that are not measured yet."""
-        measured = {(row["run"], row["sampler"], row["seed"]) for row in self.rows}
-        return [row for row in rows if row[:3] not in measured]
+        return {(row["run"], row["sampler"], row["seed"]): row for row in earlier["rows"]}
 
     def sampler(self, name, student=None):
         """(steps, network evaluations, generate(numbers, seed)) of a student, or of the teacher if None."""
@@ -372,18 +392,17 @@ class Report:
         net = self.load(model.load_unet, student) if student else self.teacher
         return steps, nfe, partial(generate_clips, draw, net, self.vae, self.reference)
 
-    def add(self, row, steps, nfe, generate, training_seconds=None, pictured=True):
-        """Measures one row and writes the report, so that an interruption loses at most one row."""
-        run, name, seed, paper = row
+    def add(self, run, name, seed, steps, nfe, generate, pictured=True):
+        """Measures the row (run, name, seed) and writes the report: an interruption loses at most one row."""
         clips, values = measure(generate, self.detector, self.reference, self.args.seed, self.args.batch_size)
-        self.rows.append({"run": run, "sampler": name, "seed": seed, "steps": steps, "nfe": nfe,
-                          "paper": paper, "training_seconds": training_seconds, **values})
+        row = {"run": run, "sampler": name, "seed": seed, "steps": steps, "nfe": nfe}
+        self.rows[run, name, seed] = row | values
         shown = "  ".join(f"{figure} {value:.3g}" for figure, value in values.items())
         print(f"{run:24}{name:15}seed {seed}  NFE {nfe:3}  {shown}", flush=True)
         if pictured:
             self.shown.append(clips)
         if file := self.args.report:
-            write_json(file, {**record(self.args), "protocol": self.protocol, "rows": self.rows})
+            write_json(file, record(self.args) | {"protocol": self.protocol, "rows": [*self.rows.values()]})
             # (clip row) f 3 H W: one clip of all rows, then the next clip. At half size.
             save_sheet(torch.stack(self.shown, dim=1).flatten(0, 1) / 127.5 - 1, file.with_suffix(".jpg"), 2)
 
@@ -394,8 +413,9 @@ def record(args):
     settings = json.dumps(vars(args), default=str).replace(f"{ROOT}/", "")
     module = sys.modules["__main__"].__spec__                       # None for `python FILE`
     program = f"-m {module.name}" if module else sys.argv[0]
+    device = str(args.device)
     return {"command": " ".join(["python", program, *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
             "torch": torch.__version__, "settings": json.loads(settings)}
 
 
@@ -403,18 +423,18 @@ def report_flags(parser):
     """Adds the flags of a Report."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
     flag("--model", default=str(sampler.TOY), help="the teacher: pipeline folder or hub id")
-    flag("--seed", type=int, default=0, help="of clips and noise")
-    flag("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    flag("--seed", default=0, help="of clips and noise")
+    flag("--device", default="cuda" if cuda else "cpu", help="cuda, cuda:1, mps or cpu")
     flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
     flag("--report", type=Path, help="JSON file to write")
     flag("--resume", action="store_true", help="keep the rows that --report already has")
     flag("--data", default="toy", help="real clips: toy, or a folder or list of videos, see data.py")
     flag("--num_clips", type=engine.number(2, 10 ** 9), default=2048, help="real clips, and clips per row")
-    flag("--width", type=int, help="of the clips (None: the UNet's configuration)")
-    flag("--height", type=int, help="of the clips (None: the UNet's configuration)")
-    flag("--batch_size", type=engine.positive, default=128 if cuda else 16, help="clips generated at a time")
+    flag("--width", help="of the clips (None: the UNet's configuration)")
+    flag("--height", help="of the clips (None: the UNet's configuration)")
+    flag("--batch_size", default=128 if cuda else 16, help="clips generated at a time")
     flag("--detector", help="i3d, a TorchScript file or a folder (None: i3d/ inside --model)")
-    flag("--guidance", type=float, nargs=2, default=[1.0, 3.0], help="of the teacher, first and last frame")
+    flag("--guidance", nargs=2, default=[1.0, 3.0], help="of the teacher, first and last frame")
 
 
 def parse_args(argv=None):
@@ -424,7 +444,7 @@ def parse_args(argv=None):
     parser.add_argument("--student", help="the student to measure (None: the teacher)")
     parser.add_argument("--sampler", default="1", help='how it samples: "25", "1", "tts", "1 cfg 1.5", ..')
     args = parser.parse_args(argv)
-    samplers = r"tts( printed| v1)?|[1-9]\d?( cfg \d+(\.\d+)?)?" if args.student else r"[1-9]\d?"
+    samplers = r"tts( printed| v1)?|[1-9]\d?( cfg \d\d?(\.\d+)?)?" if args.student else r"[1-9]\d?"
     if not re.fullmatch(samplers, args.sampler):
         parser.error(f"--sampler {args.sampler}: must be 1 to 99 steps, or for a --student tts or 1 cfg W")
     return args
@@ -432,10 +452,10 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    with engine.exit_on_error():
-        report = Report(args)
-        for row in report.missing([(args.student or "teacher", args.sampler, 0, None)]):
-            report.add(row, *report.sampler(args.sampler, args.student))
+    report = Report(args)
+    row = args.student or "teacher", args.sampler, 0
+    if row not in report.rows:
+        report.add(*row, *report.sampler(args.sampler, args.student))
 
 
 if __name__ == "__main__":

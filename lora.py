@@ -32,6 +32,7 @@ LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.
 LORA_CONVS = LORA_TARGETS + r"|proj_(in|out)|conv(1|2|_shortcut)|time_emb_proj|(down|up)samplers\.0\.conv"
 LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' file name
 PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's, beside a config
+LARGEST = 65_536                                    # rank or alpha in a file
 
 # ---------------------------------------------------------------------------------------------------------
 # Layers
@@ -187,22 +188,26 @@ def lora_file(path):
 def read_lora(file):
     """The tensors of a LoRA file {key: tensor}, keys relative to the UNet, and its alpha, or None if the file
     has none. Raises ModelError for scales that alpha / rank does not describe."""
-    metadata = {}
+    metadata, where = {}, f"{file}: its lora_adapter_metadata"
     tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
                for key, tensor in read_safetensors([file], metadata)}
     if not tensors:
         raise ModelError(f"{file}: no LoRA weights in it")
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        if file.name == PEFT_FILE:                              # PEFT has its settings in a file beside it
-            settings = read_json(file.with_name("adapter_config.json"))
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
-        alpha = None if settings.get("lora_alpha") is None else settings["lora_alpha"] + 0
-    except (AttributeError, TypeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file}: its lora_adapter_metadata cannot be read ({error})") from error
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise ModelError(f"{where} cannot be read ({error})") from error
+    if file.name == PEFT_FILE:                          # PEFT has its settings in a file beside the weights
+        where = file.with_name("adapter_config.json")
+        settings = read_json(where)
+    for name in ("r", "lora_alpha"):
+        value = settings.get(name)
+        if value is not None and not (type(value) in (int, float) and abs(value) <= LARGEST):
+            raise ModelError(f"{where}: {name} is {value!r:.40}, not a number up to {LARGEST}")
     if used := [setting for setting in ("use_rslora", "alpha_pattern") if settings.get(setting)]:
-        raise ModelError(f"{file}: made with {used[0]}, which is not supported")
-    return tensors, alpha
+        raise ModelError(f"{where}: made with {used[0]}, which is not supported")
+    return tensors, settings.get("lora_alpha")
 
 
 def load_lora(unet, path, whole=True):
@@ -225,7 +230,7 @@ def load_lora(unet, path, whole=True):
         out, *window = layers[path].weight.shape                # channels in, and height, width of the window
         found, rank = [tuple(tensor.shape) for tensor in pair], pair[0].numel() // math.prod(window)
         shapes = [(rank, *window), (out, rank, *[1] * (len(window) - 1))]
-        if found != shapes or not rank:
+        if found != shapes or not 0 < rank <= LARGEST:
             raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
         loaded[path] = with_lora(layers[path], rank, rank if alpha is None else alpha)
         loaded[path].lora_A.weight.data.copy_(pair[0])

@@ -664,8 +664,12 @@ class Cond(NamedTuple):
 def default_size(unet):
     """(width, height) in pixels that a UNet was trained for. SVD's config says 768 square, but SVD was
     trained at 1024x576."""
-    side = 8 * unet.config["sample_size"]
-    return (1024, 576) if side == 768 else (side, side)
+    return (1024, 576) if unet.config["sample_size"] == 96 else (8 * unet.config["sample_size"],) * 2
+
+
+def pixel_stride(unet):
+    """The pixels per element of the UNet's smallest map: sizes of videos are multiples of this number."""
+    return 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
 
 
 def unconditional(cond):

@@ -19,6 +19,7 @@ generator per clip. A seed therefore gives the same noise on every device and in
 OSV, arXiv 2409.11367, section 4.3 (Time Travel Sampler). Versions 1 and 2 of the paper print different
 equations for it; see time_travel.
 """
+import itertools
 import sys
 import time
 from contextlib import contextmanager
@@ -33,10 +34,10 @@ from tqdm import tqdm
 import model
 from lora import load_student
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
-from support.checkpoint import ASSETS, DTYPES, SVD, write_safetensors
-from support.engine import command_line, cuda_graph, exit_on_error, fail, number, peak_memory
+from support.checkpoint import ASSETS, DTYPES, SVD, check_writable, refuse_overwriting, write_safetensors
+from support.engine import choose_device, command_line, cuda_graph, fail, peak_memory
 from support.kernels import fast
-from support.media import find_images, fit_image, load_image, save_sheet, save_video
+from support.media import find_images, fit_image, load_images, save_sheet, save_video
 
 TOY = ASSETS / "toy"
 STUDENT = TOY / "student.safetensors"
@@ -180,22 +181,24 @@ class Sheets:
 # Command line
 
 
-def make_parser():
-    parser = command_line("Turn a picture into a video.", usage="%(prog)s --image IN [--out OUT] [options]")
+def parse_args(argv=None):
+    """The flags, with --model and --student of the toy model filled in."""
+    parser = command_line("Turn a picture into a video.", usage="%(prog)s --image IN [--out OUT] [options]",
+                          memory_hint="try --decode_chunk_size 2, --offload, or smaller --width and --height")
 
     flag = parser.add_argument_group("what").add_argument
     flag("--image", nargs="+", required=True, metavar="IN", help="pictures, folders of them, or - for stdin")
     flag("--out", type=Path, default="out.mp4", help=".mp4, .gif, .png; picture and seed added if several")
-    flag("--num_videos", type=number(1, 1000), default=1, help="videos per picture, with consecutive seeds")
+    flag("--num_videos", default=1, help="videos per picture, with consecutive seeds")
     flag("--gallery", type=Path, metavar="PNG", help="also write one contact sheet with a row per video")
     flag("--save_latents", action="store_true", help="also write the latents, as .safetensors")
-    flag("--num_frames", type=number(1, 1000), help="length (default: what the model was trained for)")
-    flag("--width", type=number(64, 8192), help="pixels (default: 1024 for SVD, 128 in the toy world)")
-    flag("--height", type=number(64, 8192), help="pixels (default: 576 or 128); multiples of 64, toy: 16")
-    flag("--fps", type=number(1, 60), default=7, help="frames per second")
-    flag("--motion_bucket_id", type=number(0, 255), default=127, help="amount of motion, 1 to 255")
-    flag("--noise_aug_strength", type=number(0.0, 10.0), default=0.02, help="noise on the picture")
-    flag("--seed", type=number(0, 2 ** 63), default=0, help="of the first video; + 1 for each later one")
+    flag("--num_frames", help="length (default: what the model was trained for)")
+    flag("--width", help="pixels (default: 1024 for SVD, 128 in the toy world)")
+    flag("--height", help="pixels (default: 576 or 128); multiples of 64, toy: 16")
+    flag("--fps", default=7, help="frames per second")
+    flag("--motion_bucket_id", default=127, help="amount of motion, 1 to 255")
+    flag("--noise_aug_strength", default=0.02, help="noise on the picture")
+    flag("--seed", default=0, help="of the first video; + 1 for each later one")
 
     flag = parser.add_argument_group("with which model").add_argument
     flag("--model", default="toy", help=f"toy, a folder in the diffusers layout, or a hub id such as {SVD}")
@@ -205,27 +208,22 @@ def make_parser():
     flag("--teacher", action="store_true", help="use the model's own UNet, even if there is a student")
 
     flag = parser.add_argument_group("how").add_argument
-    flag("--steps", type=number(1, 1000), help="solver steps (default: 1 for a student, 25 for a teacher)")
+    flag("--steps", help="solver steps (default: 1 for a student, 25 for a teacher)")
     flag("--tts", action="store_true", default=None, help="Time Travel Sampler (default: on with --steps 1)")
     flag("--no_tts", dest="tts", action="store_false", default=None, help="one step, one network evaluation")
-    flag("--min_guidance_scale", type=number(0.0, 100.0), default=1.0, help="of the teacher, first frame")
-    flag("--max_guidance_scale", type=number(0.0, 100.0), default=3.0, help="and its last frame; both 1: off")
-    flag("--decode_chunk_size", type=number(1, 1000), help="frames at once; fewer save memory (default: all)")
+    flag("--min_guidance_scale", default=1.0, help="of the teacher, first frame")
+    flag("--max_guidance_scale", default=3.0, help="and its last frame; both 1: off")
+    flag("--decode_chunk_size", help="frames at once; fewer save memory (default: all)")
     flag("--offload", action="store_true", help="keep each network on the GPU only while it runs")
     flag("--cuda_graph", action="store_true", help="record the UNet as a CUDA graph; fast after 4 calls")
     flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
     flag("--dtype", choices=DTYPES, help="of the networks (default: bf16 on GPUs that have it, else fp32)")
     flag("--device", help="cuda, mps or cpu (default: the first of these that is available)")
-    return parser
 
-
-def parse_args(argv=None):
-    args = make_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     for file, suffixes in ((args.out, (".mp4", ".gif", ".png")), (args.gallery, (".png",))):
         if file and file.suffix not in suffixes:
             fail(f"{file}: the name must end in {' or '.join(suffixes)}")
-        if file and not file.parent.is_dir():
-            fail(f"{file}: there is no folder {file.parent}")
     if args.teacher and (args.student or args.tts):
         fail(f"--teacher does not go with {'--student' if args.student else '--tts'}: leave one of them out")
     if args.offload and args.cuda_graph:
@@ -238,16 +236,20 @@ def parse_args(argv=None):
     return args
 
 
-def choose_device(args):
-    """(device, dtype) that the flags ask for, or the fastest on this computer."""
-    backends = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    available = [name for name, count in backends.items() if count]
-    device = args.device or available[0]
-    if device not in available + [f"{name}:{i}" for name in available for i in range(backends[name])]:
-        fail(f"--device {device}: not available here; use {' or '.join(available)}")
-    device = torch.device(device)
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return device, DTYPES[args.dtype or ("bf16" if has_bf16 else "fp32")]
+def plan_videos(args):
+    """[(picture, seed, output file)], all videos of a picture in a row. Raises ModelError if a file would
+    overwrite an input, OSError if no file can be written there."""
+    images, videos = find_images(args.image), []
+    for i in range(len(images) * args.num_videos):
+        (name, path), seed = images[i // args.num_videos], args.seed + i
+        suffix = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
+        videos.append((path, seed, args.out.with_stem(args.out.stem + suffix)))
+    files = [file for _, _, file in videos]
+    latents = [file.with_suffix(".safetensors") for file in files if args.save_latents]
+    networks = [Path(path, name) for path in (args.model, args.student) if path for name in ("", "unet")]
+    refuse_overwriting([*files, *latents, args.gallery], [path for _, path in images] + networks)
+    check_writable(files[0], args.gallery)
+    return videos
 
 
 def load_networks(args, dtype):
@@ -269,7 +271,7 @@ def load_networks(args, dtype):
 
 def choose_size(args, unet):
     """(width, height) of the video in pixels, multiples of the total downsampling of VAE and UNet."""
-    stride = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
+    stride = model.pixel_stride(unet)
     default = model.default_size(unet)
     asked = args.width or default[0], args.height or default[1]
     width, height = (max(stride, round(side / stride) * stride) for side in asked)
@@ -327,29 +329,30 @@ def make_video(args, networks, draw, pixels, seed):
     return x0[0], frames[0]
 
 
-@exit_on_error(memory_hint="try --decode_chunk_size 2, --offload, or a smaller --width and --height")
 def main():
     start = time.perf_counter()
     args = parse_args()
-    images = [(name, path, load_image(path)) for name, path in find_images(args.image)]
-    device, dtype = choose_device(args)
+    videos = plan_videos(args)
+    pictures = load_images([path for path, _, _ in videos[::args.num_videos]])
+    first = next(pictures)                          # before the networks: there may be no readable picture
+    device = choose_device(args.device)
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    dtype = DTYPES[args.dtype or ("bf16" if has_bf16 else "fp32")]
     networks = load_networks(args, dtype)
     unet = networks[0]
     width, height = choose_size(args, unet)
     draw, description = choose_sampler(args, unet, device)
 
-    gallery = []                                                        # f 3 h w each
-    for i, (name, file, image) in enumerate(images):
+    gallery, num_read = [], 0                                           # f 3 h w each
+    for i, path, image in itertools.chain([first], pictures):
+        num_read += 1
         pixels, kept = fit_image(image, width, height)                  # 3 H W
         if min(kept) < 0.99:
-            print(f"{file}: cut to {kept[0]:.0%} of its width, {kept[1]:.0%} of its height", file=sys.stderr)
-        first_seed = args.seed + i * args.num_videos
-        for seed in range(first_seed, first_seed + args.num_videos):
+            print(f"{path}: cut to {kept[0]:.0%} of its width, {kept[1]:.0%} of its height", file=sys.stderr)
+        for _, seed, out in videos[i * args.num_videos:][:args.num_videos]:
             x0, frames = make_video(args, networks, draw, pixels.to(device), seed)
             if not frames.isfinite().all():
-                fail(f"{file}: the networks returned NaN or infinity in {dtype}; try --dtype fp32")
-            suffix = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
-            out = args.out.with_stem(args.out.stem + suffix)
+                fail(f"{path}: the networks returned NaN or infinity in {dtype}; try --dtype fp32")
             save_video(frames, out, args.fps)
             if args.save_latents:
                 write_safetensors(out.with_suffix(".safetensors"), {"latents": x0})
@@ -362,6 +365,8 @@ def main():
     if args.gallery:
         save_sheet(torch.stack(gallery), args.gallery)
         print(f"wrote {args.gallery}: {len(gallery)} videos, one per row")
+    if num_left_out := len(videos) // args.num_videos - num_read:
+        fail(f"pictures left out, because they cannot be read: {num_left_out}")
 
 
 if __name__ == "__main__":

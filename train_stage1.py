@@ -46,7 +46,7 @@ parser = engine.training_flags(__doc__.splitlines()[0], PRESETS)
 flag = parser.add_argument
 flag("--output_dir", type=Path, default="out/stage1", help="everything is written here")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora", help="weights to train")
-flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
+flag("--adv_weight", default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world, stop = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 clips_per_rank = args.batch_size // world.size                      # in each step
@@ -59,12 +59,11 @@ torch.manual_seed(args.seed)                                        # initial we
 
 # ---- Networks and data ----------------------------------------------------------------------------------
 
-with engine.exit_on_error():
-    vae = fast(model.load_vae(args.model, dtype=dtype, device=device))
-    image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
-    unet = model.load_unet(args.model, device=device)
-    features = load_features(args.discriminator, args.model, args.dino, vae)
-    latents, shown = data.open_training_data(args, vae, image_encoder, unet, clips_per_rank, world.rank)
+vae = fast(model.load_vae(args.model, dtype=dtype, device=device))
+image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
+unet = model.load_unet(args.model, device=device)
+features = load_features(args.discriminator, args.model, args.dino, vae)
+latents, shown = data.open_training_data(args, vae, image_encoder, unet, clips_per_rank, world.rank)
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                       # n + 1, descending, trailing 0
 
 # ---- Trainable weights ----------------------------------------------------------------------------------
@@ -105,7 +104,8 @@ run.announce(net, theta.masters, psi)
 
 # x_t: noised clips, x_real: clips that the discriminator should call real, x_target: the student's target
 # (each b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
-Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight")
+# numbers: of the clips [b], for the noise of UNetFeatures; None for other discriminators.
+Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight numbers")
 
 
 @torch.no_grad()
@@ -117,23 +117,25 @@ def prepare(numbers):
     noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)         # b f c h w
     x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
     x_real, x_target, weight = x0, x0, torch.ones_like(sigma_t)
-    return Batch(x_t, sigma_t, cond, x_real, x_target, weight)
+    numbers = numbers.to(device) if args.discriminator == "unet" else None
+    return Batch(x_t, sigma_t, cond, x_real, x_target, weight, numbers)
 
 
-def d_step(x_t, sigma_t, x_real, *cond):
+def d_step(x_t, sigma_t, x_real, numbers, *cond):
     """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
     cond = model.Cond(*cond)
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
-    logits_real = disc(x_real, cond)                                            # b k
-    logits_fake = disc.eval()(x0_pred.detach(), cond)   # b k; eval: one power iteration per step is enough
+    logits_real = disc(x_real, cond, numbers)                                   # b k
+    # eval: one power iteration of spectral norm per step is enough
+    logits_fake = disc.eval()(x0_pred.detach(), cond, numbers)                  # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 6
     (loss_d / args.gradient_accumulation_steps).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
 
-def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
+def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
     cond = model.Cond(*cond)
     if x0_pred is None:
@@ -141,7 +143,7 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
     loss_huber = pseudo_huber(x0_pred, x_target, args.huber_c, weight)          # d(x0_pred, x_target)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
-        loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)                  # relu(1 - D(x0_pred))
+        loss_adv = hinge_g(disc(x0_pred, cond, numbers), args.linear_g)         # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 7
     (loss_g / args.gradient_accumulation_steps).backward()
     return loss_huber.detach(), loss_adv.detach()
@@ -155,21 +157,20 @@ if args.cuda_graph and device.type == "cuda" and one_forward:
 
 decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
 while run.step < args.max_train_steps and not run.stopped:
-    # ---- Draw: each step and rank has its own clip numbers, and its own seed for the noise of UNetFeatures
+    # ---- Draw: each step and rank has its own clip numbers
     engine.set_learning_rate(opt, args.learning_rate, run.step, args.warmup_steps, decay_steps)
     engine.set_learning_rate(opt_d, args.lr_d, run.step, args.warmup_steps, decay_steps)
-    torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
     first = run.step * args.batch_size + world.rank * clips_per_rank
     numbers = torch.arange(first, first + clips_per_rank)
-    with engine.exit_on_error():                                    # if no video can be decoded
-        batches = [prepare(part) for part in numbers.split(micro_batch)]
+    batches = [prepare(part) for part in numbers.split(micro_batch)]
 
     # ---- D step: learn to tell x_real from x0_pred
     x0_pred, norm_d, finite_d = None, torch.zeros((), device=device), True
     if args.adv_weight:
         disc.train()
         for batch in batches:
-            x0_pred, loss_d, real, fake = d_step(batch.x_t, batch.sigma_t, batch.x_real, *batch.cond)
+            x0_pred, loss_d, real, fake = d_step(
+                batch.x_t, batch.sigma_t, batch.x_real, batch.numbers, *batch.cond)
             run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
@@ -177,7 +178,7 @@ while run.step < args.max_train_steps and not run.stopped:
     disc.requires_grad_(False)
     for batch in batches:
         loss_huber, loss_adv = g_step(
-            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, *batch.cond)
+            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.grads_to_masters()

@@ -26,7 +26,7 @@ from discriminator import Discriminator, load_features
 from losses import consistency_weight, hinge_d, hinge_g, pseudo_huber
 from solver import NUM_SIGMAS, consistency, karras_sigmas, solve
 from support import engine, kernels
-from support.checkpoint import ModelError, read_safetensors
+from support.checkpoint import ModelError, read_safetensors, refuse_overwriting
 
 # ---- Configuration --------------------------------------------------------------------------------------
 
@@ -52,15 +52,16 @@ flag("--stage1", default="out/stage1", help="output folder of stage 1 to start f
 flag("--output_dir", type=Path, default="out/stage2", help="everything is written here")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora+temporal",
      help="weights to train")
-flag("--adv_weight", type=float, default=0.1, help="lambda of Eq. 10; 0 trains without a discriminator")
+flag("--adv_weight", default=0.1, help="lambda of Eq. 10; 0 trains without a discriminator")
 flag("--real", choices=("ema", "data"), default="ema", help="real clips of the discriminator: the output of "
      "theta^- for x_s, as in the paper, or x0 as in stage 1")
-flag("--num_solver_steps", type=int, default=5, help="m: Euler steps of the teacher from x_t to x_s")
-flag("--guidance", type=float, nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("A", "B", "C", "D"),
+flag("--num_solver_steps", default=5, help="m: Euler steps of the teacher from x_t to x_s")
+flag("--guidance", nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("A", "B", "C", "D"),
      help="the teacher's guidance: drawn in A..B for the first frame and in C..D for the last; 1 1 1 1: none")
-flag("--weight_exponent", type=float, default=0.1, help="e of lambda(t_n) = (1 / (sigma_t - sigma_s)) ^ e")
-flag("--ema_decay", type=float, default=0.95, help="decay of theta^-; 0: theta^- is the student itself")
+flag("--weight_exponent", default=0.1, help="e of lambda(t_n) = (1 / (sigma_t - sigma_s)) ^ e")
+flag("--ema_decay", default=0.95, help="decay of theta^-; 0: theta^- is the student itself")
 args, world, stop = engine.start_training(parser, PRESETS)
+refuse_overwriting([args.output_dir], [args.stage1])
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 clips_per_rank = args.batch_size // world.size                      # in each step
 micro_batch = clips_per_rank // args.gradient_accumulation_steps    # clips in one forward pass
@@ -72,12 +73,11 @@ torch.manual_seed(args.seed)                                        # initial we
 
 # ---- Networks and data ----------------------------------------------------------------------------------
 
-with engine.exit_on_error():
-    vae = fast(model.load_vae(args.model, dtype=dtype, device=device))
-    image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
-    unet = model.load_unet(args.model, device=device)
-    features = load_features(args.discriminator, args.model, args.dino, vae)
-    latents, shown = data.open_training_data(args, vae, image_encoder, unet, clips_per_rank, world.rank)
+vae = fast(model.load_vae(args.model, dtype=dtype, device=device))
+image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
+unet = model.load_unet(args.model, device=device)
+features = load_features(args.discriminator, args.model, args.dino, vae)
+latents, shown = data.open_training_data(args, vae, image_encoder, unet, clips_per_rank, world.rank)
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                       # n + 1, descending, trailing 0
 
 # ---- Trainable weights ----------------------------------------------------------------------------------
@@ -106,14 +106,15 @@ net.set_checkpointing(args.gradient_checkpointing)
 
 if args.stage1 != "none":                                           # theta and psi start where stage 1 ended
     groups = {"student": theta.masters} | ({"disc": psi | psi_buffers} if args.adv_weight else {})
-    with engine.exit_on_error("; run train_stage1.py first, or give --stage1 none"):
-        for stem, group in groups.items():
-            file = Path(args.stage1) / f"{stem}.safetensors"
-            for name, tensor in read_safetensors([file]):
-                if name not in group or group[name].shape != tensor.shape:
-                    raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
-                                     "must be those of stage 1, and --train must include what trained there")
-                group[name].data.copy_(tensor)
+    for stem, group in groups.items():
+        file = Path(args.stage1) / f"{stem}.safetensors"
+        if not file.is_file():
+            raise ModelError(f"{file}: missing; run train_stage1.py first, or give --stage1 none")
+        for name, tensor in read_safetensors([file]):
+            if name not in group or group[name].shape != tensor.shape:
+                raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
+                                 "must be those of stage 1, and --train must include what trained there")
+            group[name].data.copy_(tensor)
 ema = {name: p.clone() for name, p in theta.tensors().items()}      # theta^- in fp32
 
 # ---- Optimisers and resume ------------------------------------------------------------------------------
@@ -132,7 +133,8 @@ run.announce(net, theta.masters, psi)
 
 # x_t: noised clips, x_real: clips that the discriminator should call real, x_target: the student's target
 # (each b f c h w). sigma_t: noise levels, weight: of the distance to x_target (each b). cond: model.Cond.
-Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight")
+# numbers: of the clips [b], for the noise of UNetFeatures; None for other discriminators.
+Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight numbers")
 
 
 @torch.no_grad()
@@ -162,23 +164,25 @@ def prepare(numbers):
     x_target = distil(x_t, grid, None if max(args.guidance) == 1 else guidance, *cond)
     x_real = x0 if args.real == "data" else x_target
     weight = consistency_weight(sigma_t, sigma_s, args.weight_exponent)         # b, lambda(t_n) of Eq. 10
-    return Batch(x_t, sigma_t, cond, x_real, x_target, weight)
+    numbers = numbers.to(device) if args.discriminator == "unet" else None
+    return Batch(x_t, sigma_t, cond, x_real, x_target, weight, numbers)
 
 
-def d_step(x_t, sigma_t, x_real, *cond):
+def d_step(x_t, sigma_t, x_real, numbers, *cond):
     """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
     cond = model.Cond(*cond)
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
-    logits_real = disc(x_real, cond)                                            # b k
-    logits_fake = disc.eval()(x0_pred.detach(), cond)   # b k; eval: one power iteration per step is enough
+    logits_real = disc(x_real, cond, numbers)                                   # b k
+    # eval: one power iteration of spectral norm per step is enough
+    logits_fake = disc.eval()(x0_pred.detach(), cond, numbers)                  # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 9
     (loss_d / args.gradient_accumulation_steps).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
 
-def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
+def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
     cond = model.Cond(*cond)
     if x0_pred is None:
@@ -186,7 +190,7 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, *cond):
     loss_huber = pseudo_huber(x0_pred, x_target, args.huber_c, weight)          # d(x0_pred, x_target)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
-        loss_adv = hinge_g(disc(x0_pred, cond), args.linear_g)                  # relu(1 - D(x0_pred))
+        loss_adv = hinge_g(disc(x0_pred, cond, numbers), args.linear_g)         # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 10
     (loss_g / args.gradient_accumulation_steps).backward()
     return loss_huber.detach(), loss_adv.detach()
@@ -201,21 +205,20 @@ if args.cuda_graph and device.type == "cuda" and one_forward:
 
 decay_steps = args.max_train_steps if args.lr_scheduler == "cosine" else None
 while run.step < args.max_train_steps and not run.stopped:
-    # ---- Draw: each step and rank has its own clip numbers, and its own seed for the noise of UNetFeatures
+    # ---- Draw: each step and rank has its own clip numbers
     engine.set_learning_rate(opt, args.learning_rate, run.step, args.warmup_steps, decay_steps)
     engine.set_learning_rate(opt_d, args.lr_d, run.step, args.warmup_steps, decay_steps)
-    torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
     first = run.step * args.batch_size + world.rank * clips_per_rank
     numbers = torch.arange(first, first + clips_per_rank)
-    with engine.exit_on_error():                                    # if no video can be decoded
-        batches = [prepare(part) for part in numbers.split(micro_batch)]
+    batches = [prepare(part) for part in numbers.split(micro_batch)]
 
     # ---- D step: learn to tell x_real from x0_pred
     x0_pred, norm_d, finite_d = None, torch.zeros((), device=device), True
     if args.adv_weight:
         disc.train()
         for batch in batches:
-            x0_pred, loss_d, real, fake = d_step(batch.x_t, batch.sigma_t, batch.x_real, *batch.cond)
+            x0_pred, loss_d, real, fake = d_step(
+                batch.x_t, batch.sigma_t, batch.x_real, batch.numbers, *batch.cond)
             run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
@@ -223,7 +226,7 @@ while run.step < args.max_train_steps and not run.stopped:
     disc.requires_grad_(False)
     for batch in batches:
         loss_huber, loss_adv = g_step(
-            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, *batch.cond)
+            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.grads_to_masters()

@@ -5,16 +5,25 @@
     save_network        network -> folder
     load_weights        safetensors files -> network; every key and shape must match
     read_safetensors    yields (key, tensor); write_safetensors writes {key: tensor}
-    read_json, write_json
+    read_json           a JSON object, with the types of its keys checked; read_lines: one per line
     replacing           writes a file under a temporary name and renames it at the end
+    check_writable, refuse_overwriting, require_file, clear_parts       for the start of a script
+    collect, restore    the state of a run as named tensors, and back
+    save_checkpoint, load_checkpoint    safetensors and JSON, written atomically; incomplete ones are skipped
+    rewind, lock        removes what was written after a checkpoint; one run per folder
 
 Nothing here unpickles: .bin, .ckpt, .pt and .pth files can run code when they are opened, and are refused.
 A missing or broken file raises ModelError, whose message says what is wrong, where, and what to do. A file
 that cannot be read now (permissions, too many open files) raises OSError: its content may be intact.
 """
+import inspect
 import json
+import os
+import platform
 import re
-from contextlib import contextmanager
+import shutil
+import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -36,6 +45,41 @@ class ModelError(ValueError):
 # ---------------------------------------------------------------------------------------------------------
 # Networks
 
+# UNet's settings of which a configuration has one number, or a list with a number per level.
+PER_LEVEL = ("layers_per_block", "transformer_layers_per_block", "num_attention_heads", "cross_attention_dim")
+# The settings that ImageEncoder reads, which its signature does not name.
+CLIP = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+            image_size=224, patch_size=14, projection_dim=1024, layer_norm_eps=1e-5, hidden_act="gelu")
+
+
+def is_like(value, default, highest):
+    """Whether a value has the type of `default`. A number is also positive and not above `highest`."""
+    if isinstance(default, (str, bool)):
+        return type(value) is type(default)
+    return type(value) in (int, type(default)) and 0 < value <= highest
+
+
+def check_config(cls, config):
+    """Raises ModelError if a value of a config.json has another type than its default in the signature of
+    `cls`, is a list of more than 8, or a number that no network has. `cls` refuses unknown keys and most
+    values that do not fit each other."""
+    parameters = inspect.signature(cls).parameters
+    defaults = CLIP | {key: 0 if p.default is p.empty else p.default for key, p in parameters.items()}
+    for key in [key for key in config if key in defaults]:
+        value, default = config[key], defaults[key]
+        values = value if isinstance(value, list) else [value]
+        element = default[0] if isinstance(default, tuple) else default
+        highest = 64 if "layers" in key else 65_536
+        same_form = (values is value) == (element is not default) or key in PER_LEVEL
+        if not (same_form and 0 < len(values) <= 8 and all(is_like(v, element, highest) for v in values)):
+            raise ModelError(f"{key} is {value!r:.60}, not a setting like {default!r:.60}")
+    full = defaults | config
+    if "config" in parameters and full["hidden_size"] % full["num_attention_heads"]:
+        raise ModelError(f"num_attention_heads {full['num_attention_heads']} do not divide hidden_size")
+    time_ids, dim = "projection_class_embeddings_input_dim", "addition_time_embed_dim"
+    if dim in parameters and full[time_ids] != 3 * full[dim]:
+        raise ModelError(f"{time_ids} is {full[time_ids]}, not 3 times {dim} {full[dim]}")
+
 
 def load_network(cls, folder, variant, dtype, device):
     """Builds the network `cls` that folder/config.json describes and loads the weights beside it.
@@ -45,6 +89,7 @@ def load_network(cls, folder, variant, dtype, device):
     config = read_json(folder / "config.json")
     try:
         config = {key: value for key, value in config.items() if not key.startswith("_")}
+        check_config(cls, config)
         with torch.device("meta"):                                      # shapes only; no memory is allocated
             net = cls(**config)
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ZeroDivisionError) as error:
@@ -161,6 +206,7 @@ def read_safetensors(files, metadata=None):
     for file in map(Path, files):
         if file.suffix in PICKLES:
             raise ModelError(f"{file}: a pickle, which can run code when it is opened: get its .safetensors")
+        require_file(file)
         try:
             file.open("rb").close()                 # safe_open calls every file that it cannot open missing
             with safe_open(file, framework="pt") as tensors:
@@ -175,34 +221,119 @@ def read_safetensors(files, metadata=None):
             raise ModelError(f"{file}: not a readable safetensors file ({error}): fetch it again") from error
 
 
-def read_json(file):
-    """The content of a JSON file. Raises ModelError for a missing or broken file, OSError as above."""
+def require_file(path):
+    """Raises ModelError for a path that exists and is no file: reading a named pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: a folder, pipe or device, not a file")
+
+
+def misfit(content, types):
+    """What is wrong with the content of a JSON file that should be an object with the keys of `types`, {key:
+    type}; None if nothing is."""
+    if not isinstance(content, dict):
+        return "it is not a JSON object"
+    for key, kind in types.items():
+        if type(content.get(key)) is not kind:
+            return f"{key} is {content.get(key)!r:.40}, not of type {kind.__name__}"
+    return None
+
+
+def read_json(file, **types):
+    """The object in a JSON file, as a dictionary. types: the type of each key that must be there. Raises
+    ModelError for a missing or broken file or another type, OSError as above."""
+    require_file(file)
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not a readable JSON file ({error})") from error
+    if wrong := misfit(content, types):
+        raise ModelError(f"{file}: {wrong}")
+    return content
+
+
+def read_lines(file, **types):
+    """The objects in a file of JSON lines, as dictionaries; none if there is no such file. Lines that are
+    damaged or lack a key of `types` are left out, and counted on stderr."""
+    rows, lines = [], file.read_bytes().splitlines() if file.exists() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            rows += [row for row in [json.loads(line)] if not misfit(row, types)]
+    if len(rows) < len(lines):
+        print(f"warning: {file}: {len(lines) - len(rows)} damaged lines are left out", file=sys.stderr)
+    return rows
+
+
+def flush(path):
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextmanager
 def replacing(file):
-    """Yields a temporary path, and renames it to `file` at the end. If writing stops half-way, an earlier
-    `file` is unchanged. Missing parent folders are made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a temporary path; at the end, flushes it to the disk and renames it to `file`, which may be a
+    folder. If writing stops half-way, an earlier `file` is unchanged. Missing parent folders are made. An
+    error is an OSError that names `file`."""
     part = file.with_name(f".{file.name}.part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        flush(part)
         part.replace(file)
+    except (OSError, SafetensorError) as error:
+        cause = error.__cause__ or error                # of a file inside of a folder
+        raise OSError(f"{file}: cannot be written ({getattr(cause, 'strerror', None) or cause})") from cause
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def check_writable(*paths):
+    """Raises OSError if one of the files `paths` could not be written. For the start of a script, so that
+    hours of work are not lost at its end. A path that is None is ignored."""
+    for path in filter(None, paths):
+        part = path.absolute().with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            part.unlink()
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+        if path.is_dir():
+            raise OSError(f"{path}: cannot be written (it is a folder)")
+
+
+def refuse_overwriting(outputs, inputs):
+    """Raises ModelError if a file to write is also a file to read, under whatever name, or if two files to
+    write are the same. A folder stands for itself and the weights in it. None is ignored."""
+    real = lambda path: os.stat(path)[:3] if os.path.exists(path) else os.path.realpath(path)
+    taken = {real(file): file for path in map(Path, filter(None, inputs))
+             for file in (path, *path.glob("*.safetensors"))}
+    for path in filter(None, outputs):
+        if real(path) in taken:
+            raise ModelError(f"{path}: would overwrite {taken[real(path)]}; choose another name")
+        taken[real(path)] = path
+
+
+def clear_parts(folder):
+    """Deletes what killed processes left in a folder: temporary files of `replacing` and of safetensors."""
+    for part in [*folder.glob(".*.part"), *folder.glob(".tmp" + 6 * "?")]:
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def write_safetensors(file, tensors, metadata=None):
-    """Writes {key: tensor} and {name: text} metadata to a safetensors file, whole or not at all."""
+    """Writes {key: tensor} and {name: text} metadata to a safetensors file, whole or not at all. Raises
+    ModelError for NaN or infinity, OSError if the file cannot be written."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(f"{file}: not written, because {key} has NaN or infinity")
     with replacing(file) as part:
         part.touch()                                # its mode follows the umask; save_file's own is 0600
         mode = part.stat().st_mode
+        # One metadata key at most: safetensors writes several in random order, so bytes would differ.
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part,
-                  {"format": "pt", **(metadata or {})})
+                  metadata or {"format": "pt"})
         part.chmod(mode)
 
 
@@ -210,3 +341,127 @@ def write_json(file, content):
     """Writes JSON, whole or not at all."""
     with replacing(file) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints of a training run
+
+CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"
+
+
+def collect(groups, optimizers):
+    """The state of a run as named tensors. groups {prefix: {name: tensor}}, optimizers {prefix: Adam}: the
+    two moments and the step count of parameter number i are PREFIX.i.exp_avg, .exp_avg_sq and .step."""
+    named = {f"{prefix}.{name}": p.detach() for prefix, group in groups.items() for name, p in group.items()}
+    for prefix, optimizer in optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            named |= {f"{prefix}.{i}.{name}": value for name, value in state.items()}
+    return named
+
+
+@torch.no_grad()
+def restore(groups, optimizers, tensors):
+    """Copies what `collect` returned into groups and optimizers of the same structure."""
+    for prefix, group in groups.items():
+        for name, target in group.items():
+            target.copy_(tensors[f"{prefix}.{name}"])
+    for prefix, optimizer in optimizers.items():
+        parameters, state = optimizer.param_groups[0]["params"], {}
+        for key in [key for key in tensors if key.startswith(f"{prefix}.")]:
+            i, name = key.removeprefix(f"{prefix}.").split(".")
+            value, p = tensors[key], parameters[int(i)]
+            # Files hold contiguous tensors, but fused Adam needs moments in the parameter's memory format.
+            value = value if name == "step" else torch.empty_like(p).copy_(value)
+            state.setdefault(int(i), {})[name] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def save_checkpoint(folder, step, tensors, config, keep):
+    """Writes checkpoint-STEP completely or not at all, and deletes all but the last `keep` checkpoints."""
+    with replacing(folder / f"checkpoint-{step:07d}") as part:
+        write_safetensors(part / "state.safetensors", tensors)
+        write_json(part / "state.json", {"step": step, "config": config, "tensors": len(tensors)})
+    flush(folder)
+    for old in sorted(folder.glob(CHECKPOINTS))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder, which, config, restarted=False, check=None):
+    """(step, tensors) of the newest complete checkpoint in `folder` (which = "latest"), or of the one at path
+    `which`; (0, {}) if there is none, or if which = "none".
+
+    check(tensors) raises ModelError for tensors that do not fit; such a checkpoint, and one with a damaged
+    file, is incomplete: "latest" skips it with a warning. restarted: torchrun restarted the run after a
+    crash, and it continues from its own newest checkpoint, whatever `which` says. Raises ModelError if the
+    checkpoint at path `which` is incomplete, or if one was made with another configuration. Raises OSError if
+    a file cannot be read: its checkpoint may be intact, and a run that skipped it would delete it."""
+    search = (which == "latest" or restarted) and folder.exists()
+    # Not glob, which finds nothing in a folder that it may not read.
+    candidates = sorted((p for p in folder.iterdir() if p.match(CHECKPOINTS)), reverse=True) if search else []
+    candidates += [] if which in ("latest", "none") else [Path(which)]
+    for path in candidates:
+        try:
+            state = read_json(path / "state.json", step=int, config=dict, tensors=int)
+            tensors = dict(read_safetensors([path / "state.safetensors"]))
+            if len(tensors) != state["tensors"]:
+                raise ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
+            if check:
+                check(tensors)
+        except ModelError as error:
+            if path == Path(which):
+                raise ModelError(f"{path}: not a complete checkpoint ({error})") from error
+            print(f"warning: {path} is incomplete and skipped ({error})", file=sys.stderr)
+            continue
+        differ = [f"{key} was {state['config'].get(key)}, is {value}" for key, value in config.items()
+                  if state["config"].get(key) != value]
+        if differ:
+            raise ModelError(f"{path} belongs to a run with other settings: {'; '.join(differ)}. "
+                             "Repeat them, or choose another --output_dir")
+        return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
+    return 0, {}
+
+
+def check_shapes(groups, optimizers, tensors):
+    """Raises ModelError unless `tensors` have the names and shapes that `restore` takes."""
+    own = {f"{prefix}.{name}": p.shape for prefix, group in groups.items() for name, p in group.items()}
+    moments = {f"{prefix}.{i}.{name}": shape for prefix, optimizer in optimizers.items()
+               for i, p in enumerate(optimizer.param_groups[0]["params"])
+               for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ()))}
+    wrong = [key for key in tensors if tensors[key].shape != (own | moments).get(key)]
+    wrong += [key for key in own if key not in tensors]
+    if wrong:
+        raise ModelError(f"{wrong[0]} is missing, unexpected or of another shape")
+
+
+def rewind(folder, step):
+    """Removes what an earlier run wrote after `step`: later checkpoints, which "latest" would find, partial
+    files, and the lines of metrics.jsonl for steps that are computed again."""
+    for path in folder.glob(CHECKPOINTS):
+        if path.name > f"checkpoint-{step:07d}":
+            shutil.rmtree(path)
+    for path in (folder, folder / "merged"):
+        clear_parts(path)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        with replacing(metrics) as part:
+            part.write_text("".join(
+                json.dumps(row) + "\n" for row in read_lines(metrics, step=int) if row["step"] <= step))
+
+
+LOCKS = []                                          # open files: the system unlocks a file when it closes
+
+
+def lock(folder):
+    """Makes this process the only one that works in `folder`, until it ends in whatever way. Raises
+    ModelError if another process has the lock, and names that process."""
+    file = open(folder / ".lock", "a+")
+    with suppress(ImportError):                                         # Windows has no fcntl module
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ModelError(f"{folder}: {file.read()} works in it; stop that, or choose another") from error
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    LOCKS.append(file)

@@ -18,11 +18,11 @@ import json
 import resource
 import signal
 import sys
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace, ColorTrc, Interpolation
 
 MAX_PIXELS = 8192 * 4352                            # per frame
 MAX_DECODED = 5000                                  # frames decoded for one clip
@@ -54,34 +54,44 @@ def read_clip(path, start, num_frames, width, height, fps, early=0.0):
             codec.thread_count = 1                          # other processes use the other cores
             codec.options = {"err_detect": "explode"}       # do not guess missing pixels
             seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / 1e6
+            # AVI and ASF store decoding times only: FFmpeg's presentation times are guesses, see on_display.
+            by_dts = container.format.name in ("avi", "asf")
             begin, offset = None, start * (seconds - span - 2 * TOLERANCE)
             if offset > 0:
-                begin = offset + float((stream.start_time or 0) * stream.time_base)
+                first = next(container.decode(stream)).dts if by_dts else stream.start_time
+                begin = offset + float((first or 0) * stream.time_base)
                 container.seek(int((begin - early) / stream.time_base), stream=stream)  # to a key frame
-            decoded = islice(container.decode(stream), MAX_DECODED)
+            # Some demuxers seek to other frames too. What is decoded before a key frame is damaged.
+            decoded = dropwhile(lambda f: not f.key_frame, islice(container.decode(stream), MAX_DECODED))
             aspect = float(stream.sample_aspect_ratio or 1)
             # No camera has pixels of other aspects: such a header is damaged.
             frames = [picture(frame, aspect if 1 / 3 <= aspect <= 3 else 1, width, height)
-                      for frame in on_display(decoded, begin, num_frames, fps)]
+                      for frame in on_display(decoded, by_dts, begin, num_frames, fps)]
             if len(frames) < num_frames:
                 raise BadVideo(f"{len(frames)} frames of {num_frames}: shorter than {span:.2f} seconds")
             rate = round(float(stream.average_rate or 0), 3)
             return np.stack(frames), {"size": [codec.width, codec.height], "fps": rate,
                                       "seconds": round(seconds, 3), "start": round(max(0.0, offset), 3)}
-    except (av.FFmpegError, BadVideo) as error:
+    except (av.FFmpegError, BadVideo, StopIteration) as error:
         if start > 0:
             start, early = (start, 2.0) if early == 0 else (0.0, 0.0)
             return read_clip(path, start, num_frames, width, height, fps, early)
         raise BadVideo(getattr(error, "strerror", None) or error) from error
 
 
-def on_display(frames, begin, num_frames, fps):
+def on_display(frames, by_dts, begin, num_frames, fps):
     """Yields the frames that a player shows at the times begin, begin + 1 / fps, ...: at each time, the last
-    frame presented until then, for constant and variable rates. begin = None is the first frame's time."""
+    frame presented until then, for constant and variable rates. begin = None is the first frame's time.
+
+    by_dts: uses decoding times, for files without presentation times; FFmpeg's guesses are wrong where there
+    are B-frames. Decoding times are late by a constant, but in order. The last frames have none: each begins
+    where the one before it ends."""
     held, i = None, 0
     for frame in chain(frames, [None]):
-        if frame is not None and frame.time is None:
-            raise BadVideo("frames without a time")
+        if frame is not None and by_dts:
+            frame.pts = held.pts + held.duration if held and frame.dts is None else frame.dts
+        if frame is not None and (frame.time is None or held is not None and frame.time < held.time):
+            raise BadVideo("frames without a time, or times that run backwards")
         if held is not None:
             until = frame.time if frame else held.time + max(held.duration * held.time_base, 2 * TOLERANCE)
             while i < num_frames and begin + i / fps < until - TOLERANCE:
@@ -108,6 +118,8 @@ def picture(frame, aspect, width, height):
     w, h = max(width, round(frame.width * aspect * scale)), max(height, round(frame.height * scale))
     if frame.is_corrupt or max(w * h, frame.width * frame.height) > MAX_PIXELS:
         raise BadVideo("a damaged frame" if frame.is_corrupt else f"frames of {frame.width}x{frame.height}")
+    if frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):      # needs tone mapping
+        raise BadVideo(f"HDR video ({ColorTrc(frame.color_trc).name}): convert it to SDR")
     # A frame of 720 or more lines whose colour space is unspecified (2) is in BT.709, as players assume.
     # Without FULL_CHR_H_INT, video with subsampled colour becomes up to 3 levels too dark, and blurred.
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT

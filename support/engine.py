@@ -1,9 +1,10 @@
-"""What both training stages need besides the method: processes, flags, weights, checkpoints, logs.
+"""What both training stages need besides the method: processes, flags, weights, CUDA graphs, logs.
 
+    choose_device                       the device that a flag names
     start_world, end_world, leave       torch.distributed under torchrun, or a single process
     average, any_rank                   reductions over all ranks
-    fail, exit_on_error                 one line on stderr and exit status 2, for every bad input
-    number, positive                    argparse types of numbers with limits
+    fail                                one line on stderr and exit status 2, for every bad input
+    LIMITS, number                      the lowest and highest value of each flag, and its argparse type
     command_line, clip_flags            the argument parser of a script; the flags of clips
     training_flags, start_training      the flags of both stages; parses them and starts the processes
     normal, uniforms                    random numbers as functions of (seed, clip number), without any state
@@ -11,9 +12,6 @@
     use_weights, update_ema             other weights in the same network; exponential moving average
     finite_step, set_learning_rate      all-reduce, clip and step if all gradients are finite; the schedule
     cuda_graph                          the GPU work of a function, recorded once and replayed
-    collect, restore                    the state of a run as named tensors, and back
-    save_checkpoint, load_checkpoint    safetensors and JSON, written atomically; incomplete ones are skipped
-    rewind                              removes what was written after a checkpoint
     Run                                 resumes a run; writes log lines, sample sheets and checkpoints
     publish                             the files for stage 2 and for sampler.py
     Log, peak_memory                    one line per interval, metrics.jsonl, and TensorBoard if installed
@@ -22,7 +20,7 @@ import argparse
 import json
 import math
 import os
-import shutil
+import re
 import signal
 import sys
 import time
@@ -37,7 +35,7 @@ import torch.distributed as dist
 import model
 from lora import load_lora, merge_lora, save_lora
 from support import checkpoint
-from support.checkpoint import ASSETS, ModelError, read_json, read_safetensors, write_json, write_safetensors
+from support.checkpoint import ASSETS, ModelError, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------
 # Processes
@@ -47,14 +45,30 @@ from support.checkpoint import ASSETS, ModelError, read_json, read_safetensors, 
 World = namedtuple("World", "rank size device restarted", defaults=[False])
 
 
-def start_world(device=None):
-    """The process group that torchrun's environment variables describe, or this process alone -> World."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def choose_device(name=None):
+    """The device with this name, or the fastest one of this computer. A GPU becomes the current one, on which
+    kernels, graphs and streams of this process run. Raises ModelError."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    here = [kind for kind, count in counts.items() if count]
+    if not re.fullmatch(f"({'|'.join(here)})(:\\d)?", name or here[0]):
+        raise ModelError(f"--device {name}: not available here; use {' or '.join(here)}")
+    device = torch.device(name or here[0])
+    if (device.index or 0) >= counts[device.type]:
+        raise ModelError(f"--device {name}: there are only {counts[device.type]} of this kind")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+    return device
+
+
+def start_world(device=None):
+    """The process group that torchrun's environment variables describe, or this process alone -> World.
+    Under torchrun each process has a GPU of its own, whose number is LOCAL_RANK. Raises ModelError."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index)}")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if size > 1:
         # torchrun (torch 2.13) keeps its key-value store over a restart, with the addresses of the dead
@@ -99,26 +113,25 @@ def leave(status):
         dist.destroy_process_group()
 
 
-def fail(message):
+def fail(message, status=2):
     """Ends the program with one line on stderr and exit status 2. The line is a single write, because
     several processes may fail at the same time."""
     sys.stderr.write(" ".join([f"{Path(sys.argv[0]).name}:", *message.split()]) + "\n")
-    leave(2)
-    sys.exit(2)
+    leave(status)
+    sys.exit(status)
 
 
-@contextmanager
-def exit_on_error(hint="", memory_hint="try smaller sizes or batches"):
-    """Ends the program without a traceback. A ModelError or OSError inside prints its message and the hint, a
-    lack of GPU memory prints the memory_hint; the exit status is 2, and 130 after Ctrl-C."""
-    try:
-        yield
-    except (ModelError, OSError) as problem:
-        fail(f"{problem}{hint}")
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory; {memory_hint}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+def report_error(memory_hint, kind, error, trace):
+    """The sys.excepthook of our scripts. Bad input (ModelError), files that cannot be read or written
+    (OSError), a lack of memory and Ctrl-C end the program with one line. Any other error is a fault in the
+    code and keeps its traceback. memory_hint: what to try if memory runs out."""
+    if isinstance(error, (ModelError, OSError)):
+        fail(str(error))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        fail(f"out of memory; {memory_hint}")
+    if isinstance(error, KeyboardInterrupt):
+        fail("interrupted", status=130)
+    sys.__excepthook__(kind, error, trace)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -139,6 +152,47 @@ def number(low, high):
 
 positive = number(1, 10 ** 9)                       # the type of a flag that counts something
 
+# The lowest and highest value of the flags of all scripts; whole numbers if both limits are.
+LIMITS = {flag: (low, high) for low, high, flags in (
+    (1, 10 ** 9, "max_train_steps checkpointing_steps validation_steps log_steps checkpoints_total_limit"),
+    (1, 10 ** 9, "num_clips shard_size log_every checkpoint_every"),
+    (2, 10 ** 9, "report_clips"),
+    (0, 10 ** 9, "warmup_steps"),
+    (1, 10 ** 6, "batch_size gradient_accumulation_steps"),
+    (1, 4096, "lora_rank vae_channels unet_channels"),
+    (1, 1000, "num_frames num_videos steps decode_chunk_size validation_teacher_steps"),
+    (1, 1000, "workers jobs gpus repeats"),
+    (1, 100, "num_solver_steps"),
+    (0, 1000, "warmup"),
+    (0, 1, "unet_attention"),
+    (16, 8192, "width height size"),
+    (1, 120, "fps"),
+    (1, 255, "motion_bucket_id"),
+    (0, 2 ** 40, "seed seeds"),                     # derived seeds, about 10^6 times as large, fit 64 bits
+    (0.0, 1.0, "learning_rate lr_d ema_decay"),
+    (0.0, 10.0, "noise_aug_strength weight_exponent"),
+    (0.0, 100.0, "guidance min_guidance_scale max_guidance_scale adv_weight"),
+    (1e-8, 100.0, "huber_c"),
+    (1e-8, 1e8, "max_grad_norm"),
+    (0.0, 1e8, "time_limit"),
+) for flag in flags.split()}
+
+
+class Parser(argparse.ArgumentParser):
+    """Gives each flag in LIMITS the type of its limits. An error is one line."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for action in self._actions:
+            if action.type is None and action.dest in LIMITS:
+                action.type = number(*LIMITS[action.dest])
+        found, unknown = super().parse_known_args(args, namespace)
+        if empty := [name for name, value in vars(found).items() if value == ""]:
+            fail(f"--{empty[0]} is empty: leave it out, or give a value")
+        return found, unknown
+
+    def error(self, message):
+        fail(message)
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a flag's help, unless there is none, and calls ints N and other numbers X."""
@@ -151,11 +205,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), action.dest.upper())
 
 
-def command_line(description, **settings):
-    """An argument parser that shows defaults in --help and reports an error in one line, with `fail`."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **settings)
+def command_line(description, memory_hint="try smaller sizes or batches", **settings):
+    """The parser of a script's flags, which shows defaults in --help. From here on the errors of bad input
+    end the script with one line, see report_error."""
+    sys.excepthook = partial(report_error, memory_hint)
+    parser = Parser(description=description, allow_abbrev=False, **settings)
     parser.formatter_class = partial(HelpFormatter, max_help_position=30, width=110)
-    parser.error = fail
     return parser
 
 
@@ -168,13 +223,13 @@ def clip_flags(flag):
     """Adds the flags of clips, which the trainers and data.py share. flag: add_argument of a parser."""
     flag("--where", nargs=3, action="append", default=[], metavar=("COLUMN", "MIN", "MAX"),
          help="keep only rows of a list of videos between these limits; inf is no limit")
-    flag("--width", type=positive, help="width of clips in pixels; the trainers' default is the UNet's")
-    flag("--height", type=positive, help="height of clips; videos are resized to cover both and cropped")
-    flag("--fps", type=positive, default=7, help="frames per second of clips of videos")
-    flag("--motion_bucket_id", type=positive, help="1 to 255, for all clips of videos (default: measured)")
+    flag("--width", help="width of clips in pixels; the trainers' default is the UNet's")
+    flag("--height", help="height of clips; videos are resized to cover both and cropped")
+    flag("--fps", default=7, help="frames per second of clips of videos")
+    flag("--motion_bucket_id", help="1 to 255, for all clips of videos (default: measured)")
     flag("--flip", action="store_true", help="mirror half of the clips of videos, at random")
-    flag("--workers", type=positive, default=4, help="processes that decode videos, per training process")
-    flag("--seed", type=int, default=0, help="seed of weights, data order, start times and noise")
+    flag("--workers", default=4, help="processes that decode videos, per training process")
+    flag("--seed", default=0, help="seed of weights, data order, start times and noise")
 
 
 def training_flags(description, presets):
@@ -184,35 +239,35 @@ def training_flags(description, presets):
     flag("--preset", choices=presets, default="toy" if cuda else "toy_cpu", help="defaults of other flags")
     flag("--model", default=str(ASSETS / "toy"), help="the teacher: a pipeline folder or hub id")
     flag("--dino", help="DINOv2 folder or hub id (default: dinov2/ inside --model)")
-    flag("--max_train_steps", type=positive, help="total number of steps, including those before a resume")
-    flag("--batch_size", type=positive, help="clips per step, over all processes")
-    flag("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step and process")
+    flag("--max_train_steps", help="total number of steps, including those before a resume")
+    flag("--batch_size", help="clips per step, over all processes")
+    flag("--gradient_accumulation_steps", default=1, help="micro-batches per step and process")
     flag("--data", default="toy", help="toy, a folder or list of videos, or shards of `data.py encode`")
     clip_flags(flag)
-    flag("--num_clips", type=positive, help="toy clips to train on")
-    flag("--learning_rate", type=float, help="learning rate of the student")
-    flag("--lr_d", type=float, help="learning rate of the discriminator")
-    flag("--warmup_steps", type=int, help="steps of linear warm-up of both learning rates")
+    flag("--num_clips", help="toy clips to train on")
+    flag("--learning_rate", help="learning rate of the student")
+    flag("--lr_d", help="learning rate of the discriminator")
+    flag("--warmup_steps", help="steps of linear warm-up of both learning rates")
     flag("--lr_scheduler", choices=("constant", "cosine"), default="constant", help="after the warm-up")
-    flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    flag("--lora_rank", type=positive, help="rank of the student's LoRA")
+    flag("--max_grad_norm", default=1.0, help="gradients are clipped to this norm")
+    flag("--lora_rank", help="rank of the student's LoRA")
     flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections too")
     flag("--discriminator", choices=("latent", "subpixel", "pixel", "unet"), default="latent",
          help="the frozen features of the discriminator, see discriminator.py")
     kinds = ["spatial", "temporal"]
     flag("--heads", nargs="+", choices=kinds, default=kinds, help="kinds of the discriminator's heads")
     flag("--linear_g", action="store_true", help="the student's adversarial loss is -D, not relu(1 - D)")
-    flag("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber distance")
+    flag("--huber_c", default=0.001, help="c of the pseudo-Huber distance")
     flag("--gradient_checkpointing", action=on_off, default=False, help="recompute activations, save memory")
     flag("--cuda_graph", action=on_off, default=False, help="record and replay steps; not with accumulation")
     flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
     flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if cuda else "no", help="no means fp32")
     flag("--device", help="cuda or cpu (default: cuda if available)")
-    flag("--log_steps", type=positive, help="steps between log lines")
-    flag("--validation_steps", type=positive, help="steps between sample sheets")
-    flag("--validation_teacher_steps", type=positive, default=25, help="teacher's solver steps on the sheets")
-    flag("--checkpointing_steps", type=positive, help="steps between checkpoints")
-    flag("--checkpoints_total_limit", type=positive, default=2, help="number of checkpoints to keep")
+    flag("--log_steps", help="steps between log lines")
+    flag("--validation_steps", help="steps between sample sheets")
+    flag("--validation_teacher_steps", default=25, help="teacher's solver steps on the sheets")
+    flag("--checkpointing_steps", help="steps between checkpoints")
+    flag("--checkpoints_total_limit", default=2, help="number of checkpoints to keep")
     flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
     return parser
 
@@ -230,6 +285,9 @@ def start_training(parser, presets):
     if args.batch_size % (world.size * args.gradient_accumulation_steps):
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {world.size} processes times "
                      f"{args.gradient_accumulation_steps} gradient accumulation steps")
+    if world.rank == 0:                             # before hours of work, not after them
+        checkpoint.check_writable(args.output_dir / "metrics.jsonl")
+        checkpoint.lock(args.output_dir)
     stop = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     return args, world, stop
@@ -398,117 +456,6 @@ def cuda_graph(function, parameters=()):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"
-
-
-def collect(groups, optimizers):
-    """The state of a run as named tensors. groups {prefix: {name: tensor}}, optimizers {prefix: Adam}: the
-    two moments and the step count of parameter number i are PREFIX.i.exp_avg, .exp_avg_sq and .step."""
-    named = {f"{prefix}.{name}": p.detach() for prefix, group in groups.items() for name, p in group.items()}
-    for prefix, optimizer in optimizers.items():
-        for i, state in optimizer.state_dict()["state"].items():
-            named |= {f"{prefix}.{i}.{name}": value for name, value in state.items()}
-    return named
-
-
-@torch.no_grad()
-def restore(groups, optimizers, tensors):
-    """Copies what `collect` returned into groups and optimizers of the same structure."""
-    for prefix, group in groups.items():
-        for name, target in group.items():
-            target.copy_(tensors[f"{prefix}.{name}"])
-    for prefix, optimizer in optimizers.items():
-        parameters, state = optimizer.param_groups[0]["params"], {}
-        for key in [key for key in tensors if key.startswith(f"{prefix}.")]:
-            i, name = key.removeprefix(f"{prefix}.").split(".")
-            value, p = tensors[key], parameters[int(i)]
-            # Files hold contiguous tensors, but fused Adam needs moments in the parameter's memory format.
-            value = value if name == "step" else torch.empty_like(p).copy_(value)
-            state.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-def flush(path):
-    """Waits until a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def save_checkpoint(folder, step, tensors, config, keep):
-    """Writes checkpoint-STEP completely or not at all: into a temporary folder, flushed to disk, then
-    renamed. Afterwards all but the last `keep` checkpoints are deleted."""
-    part, final = folder / f".checkpoint-{step}.part", folder / f"checkpoint-{step:07d}"
-    shutil.rmtree(part, ignore_errors=True)
-    write_safetensors(part / "state.safetensors", tensors)
-    write_json(part / "state.json", {"step": step, "config": config, "tensors": len(tensors)})
-    for path in (part / "state.safetensors", part / "state.json", part):
-        flush(path)
-    os.replace(part, final)
-    flush(folder)
-    for old in sorted(folder.glob(CHECKPOINTS))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(folder, which, config, restarted=False):
-    """(step, tensors) of the newest complete checkpoint in `folder` (which = "latest"), or of the one at path
-    `which`; (0, {}) if there is none, or if which = "none". restarted: torchrun restarted the run after a
-    crash, and it continues from its own newest checkpoint, whatever `which` says. Raises ModelError if the
-    checkpoint at path `which` is incomplete, or if one was made with another configuration. Raises OSError if
-    a file cannot be read: its checkpoint may be intact, and a run that skipped it would delete it."""
-    search = (which == "latest" or restarted) and folder.exists()
-    # Not glob, which finds nothing in a folder that it may not read.
-    candidates = sorted((p for p in folder.iterdir() if p.match(CHECKPOINTS)), reverse=True) if search else []
-    candidates += [] if which in ("latest", "none") else [Path(which)]
-    for path in candidates:
-        try:
-            state = read_json(path / "state.json")
-            tensors = dict(read_safetensors([path / "state.safetensors"]))
-            if len(tensors) != state["tensors"]:
-                raise ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
-        except (ModelError, KeyError, TypeError) as error:
-            if path == Path(which):
-                raise ModelError(f"{path}: not a complete checkpoint ({error})") from error
-            print(f"warning: {path} is incomplete and skipped ({error})", file=sys.stderr)
-            continue
-        differ = [f"{key} was {state['config'].get(key)}, is {value}" for key, value in config.items()
-                  if state["config"].get(key) != value]
-        if differ:
-            raise ModelError(f"{path} belongs to a run with other settings: {'; '.join(differ)}. "
-                             "Repeat them, or choose another --output_dir")
-        return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
-    return 0, {}
-
-
-def rewind(folder, step):
-    """Removes what an earlier run wrote after `step`: later checkpoints, which "latest" would find, partial
-    checkpoints, and the lines of metrics.jsonl for steps that are computed again."""
-    newer = [path for path in folder.glob(CHECKPOINTS) if path.name > f"checkpoint-{step:07d}"]
-    for path in [*newer, *folder.glob(".checkpoint-*.part")]:
-        shutil.rmtree(path)
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        complete = metrics.read_text().rpartition("\n")[0].splitlines()     # the last line may be cut off
-        with checkpoint.replacing(metrics) as part:
-            part.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= step))
-
-
-def publish(folder, path, theta, disc_tensors, lora):
-    """Writes what stage 2 and sampler.py read: trained weights (student.safetensors), the discriminator's
-    (disc.safetensors), the whole UNet (merged/) and, if only LoRA trained, the LoRA for other tools. The
-    masters are merged in fp32 into the UNet at `path`: in bf16 the sum would lose most of a small update."""
-    write_safetensors(folder / "student.safetensors", theta.tensors())
-    write_safetensors(folder / "disc.safetensors", disc_tensors)
-    unet = load_lora(model.load_unet(path), folder / "student.safetensors")
-    if lora:
-        save_lora(unet, folder)
-    model.save_unet(merge_lora(unet), folder / "merged", torch.float16)
-    print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
-
-
-# ---------------------------------------------------------------------------------------------------------
 # A run
 
 
@@ -516,9 +463,9 @@ class Run:
     """Counts the steps of a run; logs, draws and saves after them. A new Run continues from the checkpoint
     that --resume_from_checkpoint names.
 
-    groups, optimizers: the state of the run, see `collect`; all else is a function of the step. stop: from
-    start_training. save_sheet(step) draws a sample sheet; only rank 0 calls it. `stopped` becomes True
-    after SIGTERM, when the checkpoint is written.
+    groups, optimizers: the state of the run, see checkpoint.collect; all else is a function of the step.
+    stop: from start_training. save_sheet(step) draws a sample sheet; only rank 0 calls it. `stopped` becomes
+    True after SIGTERM, when the checkpoint is written.
     """
 
     def __init__(self, args, world, stop, groups, optimizers, save_sheet):
@@ -526,13 +473,17 @@ class Run:
         self.stopped, self.bad_steps, self.skipped = False, 0, torch.zeros(())
         self.groups, self.optimizers = groups | {"count": {"skipped": self.skipped}}, optimizers
         self.config = {k: v for k, v in vars(args).items() if k not in FREE} | {"world_size": world.size}
-        with exit_on_error():
-            self.step, tensors = load_checkpoint(
-                args.output_dir, args.resume_from_checkpoint, self.config, world.restarted)
+        self.step, tensors = checkpoint.load_checkpoint(
+            args.output_dir, args.resume_from_checkpoint, self.config, world.restarted,
+            partial(checkpoint.check_shapes, self.groups, optimizers))
         if tensors:
-            restore(self.groups, optimizers, tensors)
+            checkpoint.restore(self.groups, optimizers, tensors)
         if world.rank == 0:
-            rewind(args.output_dir, self.step)
+            checkpoint.rewind(args.output_dir, self.step)
+        # All ranks draw the initial weights from the same seed. The average of equal numbers is that number.
+        size = torch.stack([p.detach().norm() for group in groups.values() for p in group.values()]).sum()
+        if any_rank((average(size.clone()) - size).abs() > 1e-6 * size, world.device):
+            fail("the ranks drew different initial weights; their versions of torch or devices differ")
         self.log = Log(args.output_dir, world, self.step, args.batch_size)
 
     def announce(self, net, masters, psi):
@@ -560,11 +511,24 @@ class Run:
         self.stopped = any_rank(self.stop, self.world.device)
         if self.stopped or self.step % args.checkpointing_steps == 0 or self.step == args.max_train_steps:
             if rank == 0:
-                tensors, keep = collect(self.groups, self.optimizers), args.checkpoints_total_limit
-                save_checkpoint(args.output_dir, self.step, tensors, self.config, keep)
+                tensors, keep = checkpoint.collect(self.groups, self.optimizers), args.checkpoints_total_limit
+                checkpoint.save_checkpoint(args.output_dir, self.step, tensors, self.config, keep)
             any_rank(False, self.world.device)                  # the other ranks wait until it is written
         if self.stopped and self.step < args.max_train_steps and rank == 0:
             print(f"stopped by SIGTERM after step {self.step}; run the same command again to continue")
+
+
+def publish(folder, path, theta, disc_tensors, lora):
+    """Writes what stage 2 and sampler.py read: trained weights (student.safetensors), the discriminator's
+    (disc.safetensors), the whole UNet (merged/) and, if only LoRA trained, the LoRA for other tools. The
+    masters are merged in fp32 into the UNet at `path`: in bf16 the sum would lose most of a small update."""
+    write_safetensors(folder / "student.safetensors", theta.tensors())
+    write_safetensors(folder / "disc.safetensors", disc_tensors)
+    unet = load_lora(model.load_unet(path), folder / "student.safetensors")
+    if lora:
+        save_lora(unet, folder)
+    model.save_unet(merge_lora(unet), folder / "merged", torch.float16)
+    print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
 
 
 class Log:

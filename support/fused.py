@@ -338,9 +338,10 @@ if triton:
 
 
 def has_kernels(x, channels_last=False):
-    """Whether the kernels can run on x: a CUDA tensor, not fp64, not under torch.compile (which fuses the
-    plain expressions itself) and, if `channels_last`, n c h w with channels last in memory."""
+    """Whether the kernels can run on x: a tensor of the current GPU, not fp64, not under torch.compile (which
+    fuses the plain expressions itself) and, if `channels_last`, n c h w with channels last in memory."""
     runs = triton is not None and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    runs = runs and x.device.index == torch.cuda.current_device()           # Triton launches there
     return runs and (not channels_last or x.is_contiguous(memory_format=torch.channels_last))
 
 

@@ -1,7 +1,7 @@
 """Pictures in, videos and contact sheets out.
 
     find_images         the pictures that a command line names: files, folders, stdin
-    load_image          one picture file -> PIL image, RGB
+    load_image          one picture file -> PIL image, RGB; load_images: several, without the unreadable ones
     fit_image           PIL image -> tensor of the size and range that the networks take
     save_video          frames -> .mp4 (by write_mp4), .gif, or .png (contact sheet)
     save_sheet          clips -> one picture file with a row per clip; contact_sheet returns its pixels
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from support.checkpoint import ModelError, replacing
+from support.checkpoint import ModelError, replacing, require_file
 
 MAX_PIXELS = 150_000_000                # of an input picture; a larger one is refused as a decompression bomb
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".tga")
+# PIL reads more formats, whatever the suffix, and starts another program for one of them (PostScript).
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "TGA")
 
 # ---------------------------------------------------------------------------------------------------------
 # Pictures in
@@ -33,8 +35,8 @@ def find_images(paths):
     """[(name, path)] of the pictures in `paths`, which are pictures, folders of pictures, or "-" for stdin.
 
     The order is that of `paths`, and alphabetical inside a folder, where the suffix tells which files are
-    pictures. A name is the file's stem, with a number added if an earlier file has the same stem. Raises
-    ModelError.
+    pictures. A name is the file's stem, with a number added if an earlier picture has that name; names that
+    differ only in case count as equal, as in some file systems. Raises ModelError.
     """
     files = []
     for path in paths:
@@ -47,24 +49,43 @@ def find_images(paths):
                 raise ModelError(f"{path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
             print(f"{path}: {len(found)} pictures of {len([*Path(path).iterdir()])} files", file=sys.stderr)
         files += found
-    stems = [file.stem for file in files]
-    repeats = [stems[:i].count(stem) for i, stem in enumerate(stems)]
-    return [(stem + f"_{n}" * (n > 0), file) for stem, n, file in zip(stems, repeats, files)]
+    found = {}                                              # name in lower case -> (name, path)
+    for file in files:
+        names = (file.stem + f"_{n}" * (n > 0) for n in range(len(files)))
+        name = next(name for name in names if name.casefold() not in found)
+        found[name.casefold()] = name, file
+    return list(found.values())
+
+
+def load_images(paths):
+    """Yields (index, path, picture) of the files `paths`, see load_image, one at a time. A picture that
+    cannot be read is left out and named on stderr. Raises ModelError if none can be read."""
+    num_left_out = 0
+    for i, path in enumerate(paths):
+        try:
+            yield i, path, load_image(path)
+        except ModelError as error:
+            num_left_out += 1
+            if num_left_out == len(paths):
+                raise
+            print(f"left out: {error}", file=sys.stderr)
 
 
 def load_image(path):
     """The picture in a file (- for stdin) as a PIL image in sRGB, turned upright as its EXIF data says, with
     transparent parts on white. Raises ModelError if it cannot be read or is too large."""
     from PIL import Image, ImageCms, ImageOps
-    source = io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else path
+    require_file(Path(path))
+    # sys.stdin is None if the shell has closed it. The error is then that there is no file "-".
+    source = io.BytesIO(sys.stdin.buffer.read()) if sys.stdin and str(path) == "-" else path
     try:
         # PIL warns of damaged metadata, and of large pictures: MAX_PIXELS is the limit here.
-        with warnings.catch_warnings(action="ignore"), Image.open(source) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=IMAGE_FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"more than {MAX_PIXELS // 10 ** 6} million pixels")
             image = ImageOps.exif_transpose(file)
             image.load()
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:                  # PIL's decoders raise errors of any kind for damaged files
         raise ModelError(f"{path}: cannot be read as a picture ({error})") from error
     profile = io.BytesIO(image.info.get("icc_profile", b""))
     if image.mode[0] in "IF":               # 16-bit or floating-point grey: convert("RGB") would clip it

@@ -34,6 +34,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from support.fused import has_kernels
+
 try:
     import triton
     import triton.language as tl
@@ -194,10 +196,10 @@ def upsample_normalize(x, size, mean, std, dtype=None):
 
     x [n 3 h w] in fp32, fp16 or bf16, with any strides -> [n 3 H W], contiguous, in `dtype` (default: x's).
     mean, std: three numbers each. Any sizes, larger or smaller. The arithmetic is fp32. CUDA tensors use one
-    Triton kernel forward and one backward, both bitwise repeatable; others, and fp64, use PyTorch.
+    Triton kernel forward and one backward, both bitwise repeatable; others use PyTorch, see has_kernels.
     """
     dtype = dtype or x.dtype
-    if triton and x.is_cuda and x.dtype != torch.float64:
+    if has_kernels(x):
         return FusedUpsampleNormalize.apply(x, tuple(size), tuple(mean), tuple(std), dtype)
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, std = (torch.tensor(v, dtype=compute, device=x.device).view(3, 1, 1) for v in (mean, std))

@@ -92,15 +92,29 @@ def run(files, argv, folder, environment):
     os.environ.update(environment)
     argv = argv[argv[0] == "-u":]                               # -u is ignored: output is flushed at the end
     sys.argv = argv
-    if argv[0] == "-c":
-        sys.path[0], code = "", argv.pop(1)
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
-    elif argv[0] == "-m":
-        sys.path[0] = folder
-        run_module(argv.pop(1), run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
-        run_path(argv[0], run_name="__main__")
+    with excepthook():
+        if argv[0] == "-c":
+            sys.path[0], code = "", argv.pop(1)
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        elif argv[0] == "-m":
+            sys.path[0] = folder
+            run_module(argv.pop(1), run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
+            run_path(argv[0], run_name="__main__")
+
+
+@contextmanager
+def excepthook():
+    """Does with an exception what Python does at the end of a program, and multiprocessing does not: calls
+    sys.excepthook."""
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def ask(path, argv):

@@ -28,6 +28,7 @@ from test_model import CROSS_DOWN, DOWN, same_weights
 from test_training import no_free_handle
 
 import model
+from evaluate import VideoClassifier
 from support import checkpoint
 from support.checkpoint import ModelError
 
@@ -227,7 +228,7 @@ def test_broken_weights_name_the_file(saved, content):
 @pytest.mark.parametrize("content", ["{", "\x80", "[]", "7"])
 def test_config_that_is_no_json_object_is_refused(saved, content):
     (saved / "unet" / "config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ModelError, match="config.json: not a (readable JSON|configuration of SVD's)"):
+    with pytest.raises(ModelError, match="config.json: (not a readable JSON|it is not a JSON object)"):
         model.load_unet(saved)
 
 
@@ -240,6 +241,73 @@ def test_config_of_another_network_names_the_file(saved, change):
     file = saved / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ModelError, match="config.json: not a configuration of SVD's UNet"):
+        model.load_unet(saved)
+
+
+# Values that no setting has; a text is also no number, and a number no text.
+ODD = [None, [], {}, [[1]], 0, -1, 10 ** 7, float("nan"), float("inf"), True, [0], [True], ["x", 1], [1] * 99]
+
+
+def configurations():
+    """(network, its configuration, key) of every setting that a network reads."""
+    unet = {"in_channels": 8, "out_channels": 4, "transformer_layers_per_block": 1, **UNET}
+    vae = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "scaling_factor": 0.5,
+           "force_upcast": True, **VAE}
+    encoder = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "image_size": 224, "patch_size": 32, "projection_dim": 24, "layer_norm_eps": 1e-5,
+               "hidden_act": "gelu"}
+    detector = {"num_classes": 5, "channels": [8, 8, 8, 16], "size": 32}
+    for cls, config in ((model.UNet, unet), (model.VAE, vae), (model.ImageEncoder, encoder),
+                        (VideoClassifier, detector)):
+        for key in config:
+            yield pytest.param(cls, json.loads(json.dumps(config)), key, id=f"{cls.__name__}-{key}")
+
+
+@pytest.mark.parametrize("cls, config, key", configurations())
+def test_no_setting_has_an_odd_value(tmp_path, cls, config, key):
+    """Wrong types and numbers without sense are refused at once, and the error names the key. The weights
+    are read last, so the error of good values is that they are missing."""
+    good, kind = config[key], type(config[key])
+    odd = [value for value in ODD if not (kind is bool and value is True)]
+    for value in [*odd, good if kind is list else [good, good], 7 if isinstance(good, str) else "x"]:
+        allowed = value is good or value == [good, good] and key in checkpoint.PER_LEVEL and cls is model.UNet
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ModelError) as error:
+            checkpoint.load_network(cls, tmp_path, None, torch.float32, "cpu")
+        assert ("no .safetensors weights" in str(error.value)) <= allowed, value
+        if not allowed:
+            assert f"config.json: not a configuration of SVD's {cls.__name__} (" in str(error.value)
+            assert "\n" not in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 220
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no .safetensors weights"):
+        checkpoint.load_network(cls, tmp_path, None, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"layers_per_block": [1, 2, 2, 1], "cross_attention_dim": [1024] * 4, "num_attention_heads": 10,
+         "transformer_layers_per_block": [1] * 4}, {"sample_size": 72, "num_frames": 25}], ids=str)
+def test_settings_that_svd_allows(config):
+    """One number for all levels or a number per level, and SVD's own values."""
+    checkpoint.check_config(model.UNet, config)
+    checkpoint.check_config(model.VAE, {"scaling_factor": 1})
+    checkpoint.check_config(model.ImageEncoder, checkpoint.CLIP | {"dropout": 0.0, "bos_token_id": None})
+
+
+@pytest.mark.parametrize("cls, change, message", [
+    (model.UNet, {"addition_time_embed_dim": 15}, "is 768, not 3 times addition_time_embed_dim 15"),
+    (model.ImageEncoder, {"num_attention_heads": 3}, "num_attention_heads 3 do not divide hidden_size")])
+def test_settings_that_do_not_fit_each_other(cls, change, message):
+    with pytest.raises(ModelError, match=message):
+        checkpoint.check_config(cls, change)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no named pipes in folders")
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_named_pipes_are_not_read(saved, name):
+    """Reading one would wait for ever."""
+    (saved / "unet" / name).unlink()
+    os.mkfifo(saved / "unet" / name)
+    with pytest.raises(ModelError, match="a folder, pipe or device, not a file|no config.json in it"):
         model.load_unet(saved)
 
 
@@ -316,8 +384,8 @@ def test_broken_image_encoder_is_one_sentence(tmp_path):
     check(r"weight has shape \(2, 2\)", lambda t: t.update({"visual_projection.weight": torch.zeros(2, 2)}))
     check("model.safetensors: not a readable", weights=b"garbage" * 100)
     check("config.json: not a readable", config=b"{")
-    for config in (b"[]", b'{"hidden_size": "wide"}'):
-        check("config.json: not a configuration of SVD's ImageEncoder", config=config)
+    check("config.json: it is not a JSON object", config=b"[]")
+    check("config.json: not a configuration of SVD's ImageEncoder", config=b'{"hidden_size": "wide"}')
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -27,6 +28,9 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from test_video import at_rate, write
+
+from support.checkpoint import ModelError
+from tools import bench
 
 ALL = os.environ.get("OSV_README") == "all"
 PAGES = ["README.md", "exercises/README.md"]
@@ -337,3 +341,48 @@ def test_snippets(tree):
 @pytest.mark.parametrize("command, expected", typed("exercises/README.md"))
 def test_readme_of_the_exercises(tree, command, expected):
     type_in(tree, command, expected)
+
+
+# ---- tools/bench.py -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, error, says", [
+    ("train --discriminators foo", SystemExit, "--discriminators"),
+    ("nets --width 100", SystemExit, "multiples of 64"), ("nets --repeats 0", SystemExit, "--repeats"),
+    ("nets --size toy --width 64 --height 40", SystemExit, "multiples of 16"),
+    ("nets --device cpu --cuda_graph", SystemExit, "--cuda_graph"),
+    ("nets --device tpu", ModelError, "--device tpu"), ("nets --device cuda:99", ModelError, "cuda:99"),
+    ("nets --report /dev/null/bench.json", OSError, "/dev/null/bench.json")])
+def test_bench_refuses_bad_flags_before_it_measures(flags, error, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
+    with pytest.raises(error) as raised:
+        bench.parse_args()
+    assert says in f"{raised.value}{capsys.readouterr().err}"
+
+
+def test_bench_ends_its_script_when_interrupted(monkeypatch):
+    children = []
+
+    def interrupted(child):
+        children.append(child)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("a row", None, "-c", "import time; time.sleep(60)")
+    assert children[0].returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_bench_gives_the_device_to_both_stages(gpus, monkeypatch, tmp_path):
+    """A single process has no torchrun, which would choose its GPU by itself."""
+    flags = f"train --size toy --device cpu --discriminators pixel --gpus {gpus}"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
+    monkeypatch.setattr(bench, "run", lambda what, read, *command: [str(word) for word in command])
+    args = bench.parse_args()
+    args.folder, args.model = tmp_path, "MODEL"
+    stage1, stage2 = bench.train(args)
+    assert "train_stage1.py" in stage1 and "train_stage2.py" in stage2
+    for command in (stage1, stage2):
+        assert command[command.index("--device") + 1] == "cpu"
+        assert ("torch.distributed.run" in command) == (gpus > 1)

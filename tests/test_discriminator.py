@@ -87,6 +87,9 @@ def test_other_vision_transformers_are_no_dino(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"garbage" * 100)
     with pytest.raises(ModelError, match="cannot be loaded as a DINOv2 model"):
         load_dino(tmp_path)
+    small_dino(image_size=(56, 28)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"image_size \[56, 28\] is not one number"):
+        load_dino(tmp_path)
 
 
 def build(kind, **settings):
@@ -149,6 +152,40 @@ def test_a_clip_is_judged_alone(kind):
     disc = build(kind).eval()
     latents, _ = inputs(3)
     torch.testing.assert_close(disc(latents)[1:2], disc(latents[1:2]), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_of_a_clip_follows_from_its_number():
+    """A clip of the unet discriminator is judged alone, too: its noise does not depend on the batch."""
+    disc = build("unet").eval()
+    latents, cond = inputs(3)
+    numbers = torch.tensor([7, 8, 5_000_000])
+    logits = disc(latents, cond, numbers)
+    one = model.Cond(*(x[1:2] for x in cond))
+    torch.testing.assert_close(logits[1:2], disc(latents[1:2], one, numbers[1:2]), rtol=1e-4, atol=1e-4)
+    assert (logits[1:2] - disc(latents[1:2], one, numbers[:1])).abs().max() > 1e-2
+    assert (disc(latents, cond) - disc(latents, cond)).abs().max() > 1e-2       # random
+
+
+def test_noise_of_the_unet_discriminator_is_normal():
+    """The backbone gets c_in (latents + sigma noise): of zeros, noise of variance sigma^2 / (sigma^2 + 1)."""
+    disc, seen = build("unet"), {}
+    n, cond = 400, inputs(1)[1]
+    cond = model.Cond(*(x.expand(n, *x.shape[1:]) for x in cond))
+
+    def see(x, c_noise, *others):
+        seen.update(x=x[:, :, :4], sigma=(4 * c_noise).exp())
+        raise InterruptedError
+
+    disc.features.backbone.encode = see
+    with pytest.raises(InterruptedError):
+        disc(torch.zeros(cond.image_latents.shape), cond, torch.arange(n))
+    sigma = seen["sigma"]
+    assert abs(sigma.log().mean() + 1) < 0.2 and abs(sigma.log().std() - 1) < 0.15      # 4 standard errors
+    noise = seen["x"] * ((sigma ** 2 + 1).sqrt() / sigma).view(-1, 1, 1, 1, 1)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01                     # of 300,000 numbers
+    assert abs(noise.pow(4).mean() - 3) < 0.1                                           # as of a normal
+    flat = noise.flatten(1)
+    assert abs((flat[:-1] * flat[1:]).mean()) < 0.01 and abs((flat[:, :-1] * flat[:, 1:]).mean()) < 0.01
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (5, 9), (9, 16), (16, 3), (1, 1)])

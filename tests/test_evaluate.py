@@ -1,10 +1,12 @@
 """evaluate.py: the distance against scipy, its interval, figures of known clips, the fvd command.
 tools/: tables.py, readme.py, plot.py, and the networks of bench.py."""
 import json
+import os
 import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from conftest import ROOT
 from einops import rearrange
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
@@ -23,7 +26,8 @@ import model
 import sampler
 import solver
 from support import checkpoint
-from tools import bench, plot, readme, tables
+from support.checkpoint import ModelError
+from tools import bench, export, plot, readme, tables
 from toy import world
 
 TOY_I3D = sampler.TOY / "i3d"
@@ -126,17 +130,129 @@ def test_fvd_of_one_way_of_sampling(command, small, tmp_path):
     assert report.with_suffix(".jpg").stat().st_size > 0
 
 
-def test_detectors_that_cannot_be_loaded(command, small, tmp_path):
-    """One line each for a missing file, an unreachable hub, and weights of another shape."""
+def test_a_detector_that_cannot_be_loaded_is_one_line(command, small):
+    bad = command("fvd", "--model", small[0], "--detector", "nowhere.pt")
+    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1, bad.stderr
+    assert "nowhere.pt: cannot be loaded as a detector" in bad.stderr
+
+
+class OtherArguments(nn.Module):
+    def forward(self, x):
+        return x.mean(dim=[2, 3, 4])
+
+
+class Pair(nn.Module):
+    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = True):
+        return x.mean(dim=[2, 3, 4]), x
+
+
+class OneColumnMore(nn.Module):
+    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = True):
+        return x.mean(dim=[2, 3, 4])[:, :, None]
+
+
+class OneForAllClips(nn.Module):
+    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = True):
+        return x.mean(dim=[0, 2, 3, 4])[None]
+
+
+class NotFinite(nn.Module):
+    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = True):
+        return x.mean(dim=[2, 3, 4]) / 0
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("hub", "Hub"), ("shape", "config.json asks for"), ("pipe", "not a file"), ("text", ""),
+    (OtherArguments, "received 5 argument"), (Pair, "tuple"), (OneColumnMore, r"\(2, 3, 1\), not"),
+    (OneForAllClips, r"\(1, 3\), not"), (NotFinite, "not finite")])
+def test_detectors_that_are_none(kind, message, tmp_path, monkeypatch):
+    """Refused before the clips are read: missing ones, broken ones, and those that compute something else."""
+    monkeypatch.chdir(tmp_path)
+    if kind == "shape":
+        evaluate.save_detector(evaluate.VideoClassifier(5, channels=(8, 8, 16, 16), size=64), tmp_path / kind)
+        config = json.loads((tmp_path / "shape/config.json").read_text())
+        (tmp_path / "shape/config.json").write_text(json.dumps(config | {"num_classes": 6}))
+    elif kind == "pipe":
+        os.mkfifo(kind)
+    elif kind == "text":
+        Path(kind).write_text("no network")
+    elif kind != "hub":
+        torch.jit.script(kind()).save("detector.pt")
+    detector = {"hub": "i3d"}.get(kind, kind if isinstance(kind, str) else "detector.pt")
+    with pytest.raises(ModelError, match=rf"(?s){detector}: cannot be loaded as a detector .*{message}"):
+        evaluate.load_detector(detector)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data EMPTY", "no videos in it"),
+    ("--width 128", "the toy world is square, not 128x64"), ("--device cuda:99", "--device cuda:99: "),
+    ("--device gpu", "--device gpu: not available here"),
+    ("--report MODEL/unet", "cannot be written"), ("--report a_file/fvd.json", "cannot be written"),
+    ("--report fvd.jpg", "would overwrite"),                    # the picture beside it has the same name
+    ("--data list.csv --report link.json", "would overwrite list.csv"),
+    ("--student MODEL/unet --report MODEL/unet/diffusion_pytorch_model.safetensors", "would overwrite")])
+def test_bad_flags_are_refused_before_anything_is_measured(flags, message, small, tmp_path, monkeypatch):
+    """Also a --report that cannot be written, or would be written over what is read."""
     folder, _ = small
-    other = tmp_path / "i3d"
-    evaluate.save_detector(evaluate.VideoClassifier(5, channels=(8, 8, 16, 16), size=64), other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"num_classes": 6}))
-    for detector in ("nowhere.pt", "i3d", other):
-        bad = command("fvd", "--model", folder, "--detector", detector)
-        assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1, bad.stderr
-        assert f"{detector}: cannot be loaded as a detector" in bad.stderr
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").mkdir()
+    Path("a_file").write_text("earlier")
+    Path("list.csv").write_text("path\nmissing.mp4\n")
+    os.link("list.csv", "link.json")
+    before = {path: path.read_bytes() for path in (*tmp_path.rglob("*.*"), *folder.rglob("*.*"))}
+    words = [word.replace("MODEL", str(folder)) for word in flags.split()]
+    args = evaluate.parse_args(["fvd", "--model", str(folder), "--num_clips", "2", "--height", "64", *words])
+    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises((ModelError, OSError), match=message):
+        args.width = args.width or 64
+        evaluate.Report(args).add("teacher", "1", 0, 0, 0, None)
+    after = {path: path.read_bytes() for path in (*tmp_path.rglob("*.*"), *folder.rglob("*.*"))}
+    assert after == before
+
+
+@pytest.mark.parametrize("flags", ["--batch_size 0", "--width 0", "--height nan", "--guidance nan 3",
+                                   "--guidance 1 inf", "--seed -1", "--num_clips x"])
+def test_numbers_out_of_range(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse_args(["fvd", *flags.split()])
+    said = capsys.readouterr().err
+    assert flags.split()[0] in said and len(said.splitlines()) == 1
+
+
+def test_a_size_becomes_one_that_the_model_has(small, capsys):
+    args = evaluate.parse_args(["fvd", "--model", str(small[0]), "--device", "cpu", "--num_clips", "2",
+                                "--width", "33", "--height", "33"])
+    report = evaluate.Report(args)
+    assert report.shape == (4, 32, 32) and report.protocol["size"] == [32, 32]
+    assert "size 33x33 becomes 32x32" in capsys.readouterr().err
+
+
+def test_networks_that_return_nan(small):
+    """Frames of 8 bits would hide it: NaN becomes black."""
+    folder, unet = small
+    reference = SimpleNamespace(cond=model.Cond(*torch.zeros(3, 2)))
+    draw = lambda net, cond, generator: torch.full((2, 4, 4, 8, 8), torch.nan)
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        evaluate.generate_clips(draw, unet, model.load_vae(folder), reference, torch.arange(2), 0)
+
+
+ROW = {"run": "teacher", "sampler": "1", "seed": 0, "steps": 1, "nfe": 2, "fvd": 1.0}
+REPORT = {"command": "python evaluate.py", "date": "today", "device": "cpu", "protocol": {}, "rows": [ROW]}
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "7", "null", json.dumps(REPORT)[:-20], "[" * 100_000, "\0" * 20,
+    *(json.dumps(REPORT | change) for change in (
+        {"rows": {}}, {"rows": [7]}, {"rows": [[ROW]]}, {"rows": [{}]}, {"rows": [ROW | {"run": []}]},
+        {"rows": [ROW | {"seed": "0"}]}, {"protocol": None}))])
+def test_reports_that_are_none(text, tmp_path):
+    (tmp_path / "fvd.json").write_text(text)
+    with pytest.raises(ModelError, match="fvd.json: "):
+        evaluate.read_report(tmp_path / "fvd.json")
+    (tmp_path / "fvd.json").write_text(json.dumps(REPORT))
+    assert evaluate.read_report(tmp_path / "fvd.json", fvd=float) == REPORT
+    with pytest.raises(ModelError, match="motion"):             # tools/readme.py needs it
+        evaluate.read_report(tmp_path / "fvd.json", motion=float)
 
 
 def test_real_clips_come_from_videos(small, tmp_path, monkeypatch):
@@ -204,8 +320,8 @@ def test_samplers_by_name(small):
 
 
 def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkeypatch, capsys):
-    """Two seeds of a student train at the same time, from any working directory. --resume keeps the rows of a
-    report that has the same protocol."""
+    """Two seeds of a student train at the same time, from any working directory, and before the rows are
+    measured. --resume keeps the rows of a report that has the same protocol."""
     folder, _ = small
     Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=28,
                              patch_size=14)).save_pretrained(folder / "dinov2")
@@ -215,6 +331,9 @@ def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkey
     monkeypatch.setattr(sys, "executable", python)
     monkeypatch.chdir(tmp_path)                                             # --work below is relative
     report = tmp_path / "table1.json"
+    events, trained, measure = [], tables.trained, evaluate.measure
+    monkeypatch.setattr(tables, "trained", lambda *args: (trained(*args), events.append("trained"))[0])
+    monkeypatch.setattr(evaluate, "measure", lambda *args: (events.append("measured"), measure(*args))[1])
     stage2 = ("--preset toy_cpu --max_train_steps 2 --batch_size 1 --num_clips 2 --width 32 --height 32 "
               "--log_steps 1 --lora_rank 4 --validation_teacher_steps 1")
     settings = {"model": folder, "device": "cpu", "width": 64, "height": 64, "work": "work",
@@ -230,24 +349,22 @@ def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkey
     assert [(row["run"], row["sampler"], row["seed"]) for row in rows] == [
         ("real", "other futures", 0), ("teacher", "1", 0),
         *(("quick", name, seed) for name in ("1", "tts") for seed in (0, 1))]
-    assert all(row["training_seconds"] is None for row in rows)             # unknown with --jobs 2
+    assert events == 2 * ["trained"] + 6 * ["measured"]
     assert rows[0]["nfe"] == 0 and rows[2]["fvd"] != rows[3]["fvd"]
     assert len(list((tmp_path / "work").iterdir())) == 2
     earlier = json.loads(report.read_text())
     checkpoint.write_json(report, earlier | {"rows": rows[:-1]})
     capsys.readouterr()
     *same, last = table1("--num_clips", 3, "--resume")
-    assert same == rows[:-1] and last["fvd"] == rows[-1]["fvd"] and last["training_seconds"] > 0
+    assert same == rows[:-1] and last["fvd"] == rows[-1]["fvd"]
     said = capsys.readouterr().out
     assert said.count("NFE") == 1 and "train_stage" not in said             # both students exist
-    with pytest.raises(SystemExit):
+    with pytest.raises(ModelError, match=f"{report} has another protocol: clips was 3, is 4"):
         table1("--num_clips", 4, "--resume")
-    assert f"{report} has another protocol: clips was 3, is 4" in capsys.readouterr().err
     assert json.loads(report.read_text())["rows"] == [*same, last]
-    checkpoint.write_json(report, {})
-    with pytest.raises(SystemExit):
+    checkpoint.write_json(report, earlier | {"protocol": {}})
+    with pytest.raises(ModelError, match=f"{report} has another protocol: detector was None, is i3d"):
         table1("--num_clips", 3, "--resume")
-    assert f"{report} has another protocol: detector was None, is i3d" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["soon", "0", "100", "tts v3", "1 cfg", "2 1.5"])
@@ -304,6 +421,13 @@ def test_record_names_the_command(argv0, module, program, monkeypatch):
     assert record["command"] == f"python {program} --flag" and record["settings"]["model"] == "assets"
 
 
+@pytest.mark.parametrize("device, name", [
+    ("cuda", "a GPU"), ("cuda:1", "a GPU"), (torch.device("cuda", 1), "a GPU"), (torch.device("cpu"), "cpu")])
+def test_record_names_the_gpu(device, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert evaluate.record(SimpleNamespace(device=device))["device"] == name
+
+
 def test_readme_tables_come_from_the_results(tmp_path):
     row = {"run": "osv", "sampler": "1", "seed": 0, "steps": 1, "nfe": 1, "paper": 335.36, "fvd": 40.0,
            "interval": 4.0, "seconds": 0.01, "sharpness": 1.0, "diversity": 0.1, "motion": 0.9,
@@ -356,28 +480,70 @@ def test_plot_has_a_panel_per_number(tmp_path):
     assert max(widths) < 128                                                # three panels, none is empty
 
 
-@pytest.mark.parametrize("words, complaint", [
-    ([], "usage: python -m tools.plot METRICS.jsonl OUT.png"),
-    (["nowhere.jsonl", "plot.png"], "usage: python -m tools.plot METRICS.jsonl OUT.png"),
-    (["empty.jsonl", "plot.png"], "empty.jsonl: no numbers in it"),
-])
-def test_plot_fails_with_one_line(words, complaint, tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty.jsonl").touch()
+GOOD = b'{"step": 1, "loss": 2}\n'
+
+
+@pytest.mark.parametrize("log, out, complaint", [
+    (None, "plot.png", "no numbers in it"), (b"", "plot.png", "no numbers in it"),
+    (b'{"step": 1, "loss": "2", "heads": [1], "far": NaN, "more": null}\n', "plot.png", "no numbers in it"),
+    (b"[]\n7\n{}\n", "plot.png", "no numbers in it"), (GOOD, "metrics.jsonl", "would overwrite"),
+    (GOOD, "link.png", "would overwrite"), (GOOD, "plot.xyz", "plot.xyz: not the name of a picture"),
+    (GOOD, "plot", "plot: not the name of a picture"), (GOOD, "folder.png", "folder.png: cannot be written"),
+    (GOOD, "metrics.jsonl/plot.png", "cannot be written")])
+def test_plots_that_cannot_be_drawn(log, out, complaint, tmp_path, monkeypatch):
+    """The log and an earlier picture stay as they are."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plot.py", *words])
-    with pytest.raises(SystemExit, match="2"):
+    Path("folder.png").mkdir()
+    if log is not None:
+        Path("metrics.jsonl").write_bytes(log)
+        os.link("metrics.jsonl", "link.png")
+    Path("plot.png").write_text("earlier")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "metrics.jsonl", out])
+    with pytest.raises((ModelError, OSError), match=complaint):
         plot.main()
-    said = capsys.readouterr().err
-    assert complaint in said and len(said.splitlines()) == 1
+    assert Path("plot.png").read_text() == "earlier" and not list(tmp_path.glob(".*"))
+    assert log is None or Path("metrics.jsonl").read_bytes() == log
 
 
-def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+def test_plot_leaves_out_what_is_damaged(tmp_path, capsys):
+    """The line that a killed run tore, text that is not UTF-8, and values that are no numbers."""
+    (tmp_path / "metrics.jsonl").write_bytes(
+        GOOD + b'{"step": 2, "loss": [3], "$x^$": 1, "huge": 1' + b"0" * 400 + b', "large": 1e309}\n'
+        b'\xff\xfe\n"step"\n{"loss": 3}\n{"step": "3", "loss": 1}\n{"step": 4, "lo')
+    plot.plot(tmp_path / "metrics.jsonl", tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size == (3 * 360, 200)                               # one row of panels: loss, $x^$
+    assert "5 damaged lines" in capsys.readouterr().err
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)             # as if it were not installed
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
-    with pytest.raises(SystemExit, match="2"):
+    (tmp_path / "metrics.jsonl").write_bytes(GOOD)
+    with pytest.raises(ModelError, match="matplotlib is missing"):
         plot.plot(tmp_path / "metrics.jsonl", tmp_path / "plot.png")
-    said = capsys.readouterr().err
-    assert "matplotlib is missing" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("output, refused", [
+    ("model", True), (".", True), ("model/../link", True), ("model/new", False), ("out", False)])
+def test_export_does_not_write_over_what_it_reads(output, refused, tmp_path, pipeline_folder, monkeypatch):
+    """Nor into a folder that holds it. What a killed export left behind is gone after the next one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipeline_folder, "model")
+    Path("link").symlink_to("model")
+    left = Path(output) / "unet" / ".diffusion_pytorch_model.fp16.safetensors.part"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    if not refused:
+        left.parent.mkdir(parents=True)
+        left.touch()
+    monkeypatch.setattr(sys, "argv", ["export.py", "export", "--model", "model", "--student", "model/unet",
+                                      "--output_dir", output])
+    if refused:
+        with pytest.raises(ModelError, match="would overwrite"):
+            export.main()
+    else:
+        export.main()
+        assert not left.exists() and (Path(output) / "model_index.json").is_file()
+    assert before.items() <= {path: path.read_bytes() for path in tmp_path.rglob("*.*")}.items()
 
 
 BENCH = ["bench.py", "nets", "--size", "toy", "--device", "cpu", "--repeats", "1", "--warmup", "0", "--width",

@@ -225,16 +225,46 @@ def test_lora_that_does_not_fit_names_the_key_and_changes_nothing(tmp_path, chan
 
 
 @pytest.mark.parametrize("metadata, message", [
-    ("{", "metadata"), ("[]", "metadata"), ('{"unet.lora_alpha": "large"}', "metadata"),
+    ("{", "cannot be read"), ("[]", "cannot be read"), ("[" * 9999, "cannot be read"),
+    *((f'{{"unet.lora_alpha": {alpha}}}', "lora_alpha is .*, not a number up to") for alpha in (
+        '"large"', "NaN", "Infinity", "-1e9", "true", "[4]")),
+    ('{"unet.r": 1000000000}', "r is 1000000000, not a number up to"),
     ('{"unet.use_rslora": true}', "use_rslora, which is not supported"),
     ('{"alpha_pattern": {"to_q": 8}}', "alpha_pattern, which is not supported")])
 def test_lora_of_unknown_scale_is_refused(tmp_path, metadata, message):
+    """The error names where the settings are: in diffusers' file, or in a file beside PEFT's."""
     plain, net = lora_unet()
     lora.save_lora(net, tmp_path)
     file = tmp_path / lora.LORA_FILE
     save_file(load_file(file), file, {"lora_adapter_metadata": metadata})
-    with pytest.raises(ModelError, match=f"{lora.LORA_FILE}: .*{message}"):
+    with pytest.raises(ModelError, match=f"{lora.LORA_FILE}: its lora_adapter_metadata.*{message}"):
         lora.load_lora(plain, tmp_path)
+    save_file(load_file(file), tmp_path / lora.PEFT_FILE)
+    file.unlink()
+    (tmp_path / "adapter_config.json").write_text(metadata.replace("unet.", ""))
+    with pytest.raises(ModelError, match="adapter_config.json: (?!.*metadata)") as error:
+        lora.load_lora(plain, tmp_path)
+    assert not lora.lora_layers(plain) and "\n" not in str(error.value)
+
+
+def test_lora_of_an_absurd_rank_is_refused(tmp_path):
+    """Before memory for it is allocated."""
+    plain, net = lora_unet()
+    path = min(lora.lora_layers(net))
+    rows, columns = lora.lora_layers(net)[path].weight.shape
+    save_file({f"unet.{path}.lora_A.weight": torch.zeros(70_000, columns, dtype=torch.int8),
+               f"unet.{path}.lora_B.weight": torch.zeros(rows, 70_000, dtype=torch.int8)},
+              tmp_path / lora.LORA_FILE)
+    with pytest.raises(ModelError, match=r"lora_A and lora_B have shapes \[\(70000"):
+        lora.load_lora(plain, tmp_path)
+
+
+def test_lora_files_are_the_same_in_every_run(tmp_path):
+    """safetensors writes several metadata keys in random order."""
+    _, net = lora_unet()
+    for i in range(8):
+        lora.save_lora(net, tmp_path / str(i))
+    assert len({(tmp_path / str(i) / lora.LORA_FILE).read_bytes() for i in range(8)}) == 1
 
 
 @torch.no_grad()

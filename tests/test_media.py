@@ -1,6 +1,9 @@
 """support/media.py: pictures in, videos and contact sheets out."""
+import io
 import itertools
+import os
 import struct
+import sys
 from types import SimpleNamespace
 
 import av
@@ -10,7 +13,8 @@ import torch
 from PIL import Image, features
 
 from support import media
-from support.media import find_images, fit_image, load_image, save_video
+from support.checkpoint import ModelError
+from support.media import find_images, fit_image, load_image, load_images, save_video
 
 # ---- pictures in ----------------------------------------------------------------------------------------
 
@@ -194,6 +198,14 @@ def test_pictures_with_one_stem_get_names_of_their_own(tmp_path):
     assert [file.name for _, file in found] == ["in.png", "in.jpg", "in.png", "-"]
 
 
+@pytest.mark.parametrize("files", [("a.png", "a_1.png", "x/a.png"), ("x/a.png", "a.png", "a_1.png"),
+                                   ("a.png", "A.png", "a_1.png"), ("a.png",) * 3], ids=str)
+def test_numbered_names_are_unique(files):
+    """Also of pictures whose own name ends in a number, and in file systems that ignore case."""
+    names = [name for name, _ in find_images(files)]
+    assert len({name.lower() for name in names}) == 3
+
+
 def test_folders_are_searched_for_every_format(tmp_path, capsys):
     """And the number of files that were passed over can be seen."""
     suffixes = [suffix for suffix in media.IMAGE_SUFFIXES if suffix != ".avif" or features.check("avif")]
@@ -204,6 +216,60 @@ def test_folders_are_searched_for_every_format(tmp_path, capsys):
     assert {file.suffix for _, file in found} == set(suffixes) >= {".png", ".jpg", ".webp"}
     assert all(load_image(file).size == (30, 20) for _, file in found)
     assert f"{len(suffixes)} pictures of {len(suffixes) + 1} files" in capsys.readouterr().err
+
+
+def test_one_unreadable_picture_costs_only_itself(tmp_path, capsys):
+    """It is named with the reason. If none is left, the last one's reason is the error."""
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file in files[::2]:
+        picture().save(file)
+    files[1].write_text("no picture")
+    read = list(load_images(files))
+    assert [(i, path, image.size) for i, path, image in read] == [
+        (0, files[0], (30, 20)), (2, files[2], (30, 20))]
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and f"left out: {files[1]}: cannot be read as a picture" in complaint
+    for missing in ([files[1]], [files[1], tmp_path / "nowhere.png"]):
+        with pytest.raises(ModelError, match=f"{missing[-1].name}: cannot be read as a picture"):
+            list(load_images(missing))
+        assert capsys.readouterr().err.count("\n") == len(missing) - 1
+
+
+def test_only_the_formats_of_pictures_are_opened(tmp_path, monkeypatch):
+    """PostScript in a .png file would start ghostscript."""
+    (tmp_path / "in.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "EPS", (lambda *_: pytest.fail("PostScript was opened"), None))
+    with pytest.raises(ModelError, match="in.png: cannot be read as a picture"):
+        load_image(tmp_path / "in.png")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no named pipes in folders")
+def test_a_named_pipe_is_no_picture(tmp_path):
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "in.png")
+    for path in (tmp_path / "in.png", "/dev/zero", tmp_path):
+        with pytest.raises(ModelError, match="a folder, pipe or device, not a file"):
+            load_image(path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text"], ids=["closed", "empty", "text"])
+def test_no_picture_on_stdin(monkeypatch, content):
+    stdin = None if content is None else SimpleNamespace(buffer=io.BytesIO(content))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ModelError, match="-: cannot be read as a picture"):
+        load_image("-")
+
+
+@pytest.mark.parametrize("error", [IndexError(), KeyError(7), struct.error("size"), OverflowError()])
+def test_any_error_of_a_decoder_is_an_unreadable_picture(tmp_path, monkeypatch, error):
+    picture().save(tmp_path / "in.png")
+
+    def damaged(self):
+        raise error
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", damaged)
+    with pytest.raises(ModelError, match="in.png: cannot be read as a picture"):
+        load_image(tmp_path / "in.png")
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close_relative
+from forked import excepthook
 from PIL import Image
 from safetensors.torch import load_file
 from test_media import picture
@@ -18,6 +19,7 @@ import sampler
 from model import Cond
 from sampler import decode, draw_noise, sample, sample_teacher, time_travel
 from solver import NUM_SIGMAS, karras_sigmas, precondition, strided
+from support.checkpoint import ModelError
 from support.kernels import fast
 from support.media import fit_image, load_image
 
@@ -216,22 +218,34 @@ def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder
 
 @pytest.mark.parametrize("args, message", [
     (["--image", "missing.png"], "missing.png: cannot be read"),
+    (["--image", "text.png", "missing.png"], "missing.png: cannot be read"),
+    (["--image", "in.png", "--out", "in.png"], "in.png: would overwrite in.png"),
+    (["--image", "empty/../in.png", "--out", "link.png"], "link.png: would overwrite empty/../in.png"),
+    (["--image", "in.png", "--out", "a.png", "--gallery", "in.png"], "in.png: would overwrite in.png"),
+    (["--image", "in.png", "--out", "a.png", "--gallery", "empty/../a.png"], "a.png: would overwrite a.png"),
+    (["--image", "in.png", "--student", "net", "--save_latents", "--out", "net/w.mp4"],
+     "net/w.safetensors: would overwrite net/w.safetensors"),
+    (["--image", "in.png", "--student", "net/w.safetensors", "--save_latents", "--out", "net/w.gif"],
+     "net/w.safetensors: would overwrite net/w.safetensors"),
+    (["--image", "in.png", "--out", "text.png/out.mp4"], "text.png/out.mp4"),
+    (["--image", "in.png", "--gallery", "text.png/out.png"], "text.png/out.png"),
+    (["--image", "in.png", "--out", "folder.mp4"], "folder.mp4: cannot be written"),
     (["--image", "text.png"], "text.png: cannot be read"),
     (["--image", "cut.png"], "cut.png: cannot be read"),
     (["--image", "empty"], "no pictures in this folder"),
     (["--image", "in.png", "--out", "out.avi"], "must end in .mp4 or .gif or .png"),
-    (["--image", "in.png", "--out", "nowhere/out.mp4"], "there is no folder nowhere"),
     (["--image", "in.png", "--stepz", "4"], "unrecognized arguments: --stepz"),
     (["--image", "in.png", "--step", "4"], "unrecognized arguments: --step"),
     (["--image", "in.png", "--steps", "four"], "invalid int value: 'four'"),
     (["--image", "in.png", "--steps", "0"], "argument --steps: 0 is not between 1 and 1000"),
-    (["--image", "in.png", "--motion_bucket_id", "999"], "999 is not between 0 and 255"),
+    (["--image", "in.png", "--motion_bucket_id", "999"], "999 is not between 1 and 255"),
+    (["--image", "in.png", "--motion_bucket_id", "0"], "0 is not between 1 and 255"),
     (["--image", "in.png", "--noise_aug_strength", "nan"], "nan is not between 0.0 and 10.0"),
     (["--image", "in.png", "--model", "no/such/folder"], "no such folder"),
     (["--image", "in.png", "--model", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--student", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--device", "tpu"], "--device tpu: not available here; use"),
-    (["--image", "in.png", "--device", "cpu:7"], "--device cpu:7: not available here; use"),
+    (["--image", "in.png", "--device", "cpu:7"], "--device cpu:7: there are only 1 of this kind"),
     (["--image", "in.png", "--teacher", "--tts"], "--teacher does not go with --tts"),
     (["--image", "in.png", "--offload", "--cuda_graph"], "--offload does not go with --cuda_graph"),
     (["--image", "in.png", "--tts", "--steps", "4"], "for one step"),
@@ -242,17 +256,66 @@ def test_bad_input_is_one_line_and_status_2(pipeline_folder, tmp_path, monkeypat
     picture().save(tmp_path / "in.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:60])
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "net", "folder.mp4"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link.png").symlink_to("in.png")
     (tmp_path / "out.mp4").write_bytes(b"earlier")
+    (tmp_path / "net" / "w.safetensors").write_bytes(b"earlier")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampler, "TOY", pipeline_folder)
     monkeypatch.setattr(sys, "argv", ["sampler.py", *args])
-    with pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as stop, excepthook():
         sampler.main()
     complaint = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and message in complaint[-1] and complaint[-1].startswith("sampler.py: ")
-    assert [line for line in complaint[:-1] if not line.startswith("toy model")] == []
-    assert (tmp_path / "out.mp4").read_bytes() == b"earlier"
+    assert [line for line in complaint[:-1] if not line.startswith(("toy model", "left out"))] == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_bad_pictures_cost_only_themselves(pipeline_folder, tmp_path, monkeypatch, capsys):
+    """A video for each other picture, with the seed that it has beside readable ones, and exit status 2."""
+    (tmp_path / "in").mkdir()
+    for name in ("b", "d"):
+        picture(64, 64).save(tmp_path / "in" / f"{name}.png")
+    for name in ("a", "c"):
+        (tmp_path / "in" / f"{name}.png").write_text("hello")
+    argv = ["--image", tmp_path / "in", "--model", pipeline_folder, "--steps", 1, "--max_guidance_scale", 1,
+            "--device", "cpu", "--out", tmp_path / "v.png", "--gallery", tmp_path / "g.png"]
+    monkeypatch.setattr(sys, "argv", ["sampler.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        sampler.main()
+    printed = capsys.readouterr()
+    left_out = [line for line in printed.err.splitlines() if "cannot be read" in line]
+    assert stop.value.code == 2 and len(left_out) == 3
+    assert left_out[-1] == "sampler.py: pictures left out, because they cannot be read: 2"
+    assert "v_b.png" in printed.out and "seed 1," in printed.out and "seed 3," in printed.out
+    assert {file.name for file in tmp_path.iterdir()} == {"in", "v_b.png", "v_d.png", "g.png"}
+
+
+def test_nothing_readable_is_noticed_before_networks_are_loaded(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("hello")
+    monkeypatch.setattr(sampler, "load_networks", lambda *_: pytest.fail("networks were loaded"))
+    monkeypatch.setattr(sys, "argv", ["sampler.py", "--image", str(tmp_path), "--out", f"{tmp_path}/o.png"])
+    with pytest.raises(ModelError, match="a.png: cannot be read"):
+        sampler.main()
+
+
+def test_every_video_has_a_file_of_its_own(tmp_path, monkeypatch):
+    """With pictures and seeds whose names look alike, in a folder that is made."""
+    for name in ("a", "a_1", "x/a", "a_1_2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture().save(tmp_path / f"{name}.png")
+    images = [str(tmp_path / f"{name}.png") for name in ("a", "a_1", "x/a", "a_1_2")]
+    for num_videos in (1, 3):
+        args = sampler.parse_args(["--image", *images, "--out", f"{tmp_path}/new/o.mp4", "--seed", "1",
+                                   "--num_videos", str(num_videos)])
+        videos = sampler.plan_videos(args)
+        assert len({out for _, _, out in videos}) == len(videos) == 4 * num_videos
+        assert [seed for _, seed, _ in videos] == [*range(1, 1 + 4 * num_videos)]
+        assert [str(path) for path, _, _ in videos[::num_videos]] == images
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_every_flag_is_explained_and_read(capsys):

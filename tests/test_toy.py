@@ -124,6 +124,36 @@ def test_interrupted_training_goes_on_where_it_stopped(python, toy, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_network_is_trained_again_and_replaced(python, toy, tmp_path):
+    """The stray folder of a killed run is cleared, and the log has a torn line."""
+    shutil.copytree(toy, tmp_path / "toy")
+    stray = tmp_path / "toy/.train/i3d/.finished.part"
+    stray.mkdir(parents=True)
+    (stray / "left_behind").touch()
+    with open(tmp_path / "toy/train_log.jsonl", "a") as log:
+        log.write('{"stage": "i3d", "fini\n')
+    before = (toy / "i3d/model.safetensors").read_bytes()
+    run = train_toy([python], tmp_path / "toy", "--stages", "i3d", "report", "--overwrite", "--i3d_lr", "0.1")
+    assert run.returncode == 0 and "1 damaged lines" in run.stderr, run.stderr
+    assert {file.name for file in (tmp_path / "toy/i3d").iterdir()} == {"config.json", "model.safetensors"}
+    assert (tmp_path / "toy/i3d/model.safetensors").read_bytes() != before
+    assert {path.name for path in (tmp_path / "toy/.train").iterdir()} == {
+        "report.json", "report_reconstructions.jpg", "report_samples.jpg"}
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--size 33", "--size must be a multiple of 16"),
+    ("--vae_channels 32 32 48 32", "channels must be multiples of 32"),
+    ("--unet_channels 32 32 32", "--unet_attention must have 3 values"),
+    ("--num_clips 0", "--num_clips"), ("--vae_lr nan", "--vae_lr"), ("--unet_steps 0", "--unet_steps"),
+    ("--device cuda", "--device cuda"), ("--train_log /dev/null/log.jsonl", "/dev/null"),
+    ("--output_dir /dev/null/toy", "/dev/null/toy")])
+def test_bad_flags_are_one_line_before_anything_is_trained(python, tmp_path, flags, says):
+    run = train_toy([python], tmp_path / "toy", *flags.split())
+    assert run.returncode == 2 and says in run.stderr and len(run.stderr.splitlines()) == 1, run.stderr
+    assert not run.stdout and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_two_processes_share_the_unet_s_batch(python, toy, tmp_path):
     """Each process has its own clips and half of the batch; rank 0 writes. The UNet has another shape."""
     shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("unet", ".train"))

@@ -26,6 +26,7 @@ import av
 import pytest
 import torch
 from conftest import ROOT, randomize, small_image_encoder, unet_config, vae_config
+from forked import excepthook
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils import checkpoint as torch_checkpoint
@@ -84,7 +85,8 @@ def script(name, argv, said, environment, before):
     os.environ.update(environment)
     sys.argv = [name, *argv]
     before()
-    runpy.run_path(str(ROOT / name), run_name="__main__")
+    with excepthook():
+        runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 # Values of `before`. In each step the script calls engine.finite_step twice: for the discriminator, "D", and
@@ -115,11 +117,24 @@ def die_in(step):
 
 
 def spoil(step):
-    """Makes one gradient of the student NaN, in one step."""
+    """Makes one gradient of the student NaN, in one step (None: in all)."""
     def see(now, turn, script):
-        if (now, turn) == (step, "G"):
+        if turn == "G" and step in (now, None):
             next(iter(script["theta"].masters.values())).grad[0] = float("nan")
     watch(see)
+
+
+def blow_up(step):
+    """Makes one weight of the student infinite, in one step."""
+    def see(now, turn, script):
+        if (now, turn) == (step, "G"):
+            next(iter(script["theta"].masters.values())).data[0] = float("inf")
+    watch(see)
+
+
+def seed_by_rank():
+    seed = torch.manual_seed
+    torch.manual_seed = lambda number: seed(number + int(os.environ["RANK"]))
 
 
 @contextmanager
@@ -138,13 +153,13 @@ def no_free_handle():
 
 def open_no_more():
     """Leaves no free file handle while the run reads its checkpoints."""
-    read = engine.read_json
+    load = checkpoint.load_checkpoint
 
-    def read_without_handles(file):
+    def load_without_handles(*args):
         with no_free_handle():
-            return read(file)
+            return load(*args)
 
-    engine.read_json = read_without_handles
+    checkpoint.load_checkpoint = load_without_handles
 
 
 def check_routes():
@@ -490,7 +505,8 @@ def test_incomplete_checkpoint_is_skipped(train, whole, tmp_path):
 def test_checkpoints_that_cannot_be_read_now_are_kept(train, whole, tmp_path):
     """Too many open files: the run is refused. The same command continues from the last step later."""
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
-    files = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*")
+                     if path.is_file() and path.name != ".lock"}
     before = files()
     run = train(1, folder=tmp_path, before=open_no_more).wait()
     assert_refused(run, "Too many open files", str(tmp_path))
@@ -532,10 +548,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, whole, stage):
 
 
 def test_gradients_that_stay_non_finite_end_the_run(train):
-    run = train(1, "--huber_c nan --checkpointing_steps 1").wait()
+    run = train(1, "--checkpointing_steps 1", before=partial(spoil, None)).wait()
     assert_refused(run, "not finite for 5 steps, until step 5", "start over")
     assert [row["skipped"] for row in metrics(run.folder)] == [1, 2, 3, 4]
-    step, tensors = engine.load_checkpoint(run.folder, "latest", {})
+    step, tensors = checkpoint.load_checkpoint(run.folder, "latest", {})
     assert step == 4 and all(tensor.isfinite().all() for tensor in tensors.values())
     assert not any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)      # never updated
 
@@ -587,6 +603,16 @@ def test_gradient_accumulation(train, whole, stage):
     run = train(stage, flags, before=check_routes).wait()
     assert run.status == 0, run.stderr
     assert_same_losses(run.folder, whole[stage])
+
+
+def test_the_unet_discriminator_gives_the_same_losses_in_any_batch_split(train):
+    """Its noise belongs to the clip, not to the process or the micro-batch."""
+    flags = "--discriminator unet --batch_size 4 --max_train_steps 2 --gradient_accumulation_steps"
+    runs = [train(1, f"{flags} {parts}") for parts in (1, 2, 4)]
+    whole, *split = [metrics(run.wait().folder) for run in runs]
+    for rows in split:
+        for a, b in zip(whole, rows, strict=True):
+            assert [a[name] for name in LOSSES] == pytest.approx([b[name] for name in LOSSES], rel=1e-4)
 
 
 def test_plain_networks_compute_the_same(train, whole, tmp_path):
@@ -675,6 +701,33 @@ def test_command_line(train, stage):
                    "nowhere", "DINOv2")
 
 
+def test_ranks_that_draw_different_weights_are_refused(train):
+    run = train(1, "--max_train_steps 1", processes=2, before=seed_by_rank).wait()
+    assert run.status == 2 and run.stderr.count("the ranks drew different initial weights") == 2, run.stderr
+
+
+def test_a_folder_belongs_to_one_run(train, whole, tmp_path):
+    assert_refused(train(2, f"--stage1 {whole[1]}", folder=whole[1]).wait(), f"{whole[1]}: would overwrite")
+    checkpoint.lock(tmp_path)                                                   # as another run would
+    try:
+        run = train(1, folder=tmp_path).wait()
+        assert_refused(run, f"{tmp_path}: process {os.getpid()} on ", "works in it")
+    finally:
+        checkpoint.LOCKS.pop().close()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(train, tmp_path):
+    (tmp_path / "file").write_text("old")
+    run = train(1, folder=tmp_path / "file" / "out").wait()
+    assert_refused(run, str(tmp_path / "file"), "cannot be written")
+
+
+def test_weights_that_are_not_finite_are_not_saved(train):
+    """An infinite weight leaves gradients of 0 behind: no step is skipped, so saving has to notice."""
+    run = train(1, "--max_train_steps 3", before=partial(blow_up, 3)).wait()
+    assert_refused(run, "state.safetensors: not written, because theta.", "has NaN or infinity")
+
+
 @BOTH
 def test_help_shows_the_defaults_of_the_preset(train, stage):
     said = {preset: " ".join(train(stage, f"--preset {preset} --help").wait().stdout.split())
@@ -708,16 +761,88 @@ def test_every_flag_is_read_and_explained(stage):
 
 
 @pytest.mark.parametrize("error, status, line", [
-    (checkpoint.ModelError("no such file"), 2, "no such file; try again"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory; buy more"),
-    (KeyboardInterrupt(), 130, "")])
-def test_errors_end_in_one_line(capsys, error, status, line):
-    @engine.exit_on_error("; try again", memory_hint="buy more")
-    def main():
-        raise error
+    (checkpoint.ModelError("no such\nfile"), 2, "no such file"),
+    (PermissionError(13, "Permission denied", "a.png"), 2, "[Errno 13] Permission denied: 'a.png'"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory; buy more"),
+    (MemoryError(), 2, "out of memory; buy more"),
+    (KeyboardInterrupt(), 130, "interrupted")])
+def test_errors_of_input_end_in_one_line(capsys, error, status, line):
     with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == status and capsys.readouterr().err.strip().endswith(line)
+        engine.report_error("buy more", type(error), error, None)
+    said = capsys.readouterr().err
+    assert stop.value.code == status and said.endswith(f": {line}\n") and said.count("\n") == 1
+
+
+def test_no_memory_on_a_cpu_is_one_line(capsys):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2 ** 55)
+    with pytest.raises(SystemExit):
+        engine.report_error("buy more", caught.type, caught.value, None)
+    assert capsys.readouterr().err.endswith(": out of memory; buy more\n")
+
+
+def test_errors_of_the_code_keep_their_traceback(capsys):
+    try:
+        torch.zeros(2) @ torch.zeros(3)
+    except RuntimeError as error:
+        engine.report_error("buy more", type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "torch.zeros(2) @ torch.zeros(3)" in said
+
+
+def test_every_limit_belongs_to_a_flag():
+    """A flag that is misspelt in LIMITS would have no limits."""
+    sources = "".join(path.read_text() for folder in (".", "support", "toy", "tools")
+                      for path in (ROOT / folder).glob("*.py"))
+    assert [flag for flag in engine.LIMITS if f'"--{flag}"' not in sources] == []
+
+
+@pytest.mark.parametrize("flag, value, ok", [
+    ("--learning_rate", "nan", False), ("--learning_rate", "inf", False), ("--learning_rate", "-1e-4", False),
+    ("--learning_rate", "1e-4", True), ("--ema_decay", "2", False), ("--ema_decay", "-3", False),
+    ("--ema_decay", "0", True), ("--huber_c", "0", False), ("--num_solver_steps", "0", False),
+    ("--num_solver_steps", "5", True), ("--seed", str(2 ** 63), False), ("--seed", "-1", False),
+    ("--seed", "1e3", False), ("--width", "1000000", False), ("--lora_rank", "1000000000", False),
+    ("--guidance", "nan", False), ("--weight_exponent", "-inf", False), ("--batch_size", "0", False)])
+def test_flags_have_limits(capsys, flag, value, ok):
+    parser = engine.command_line("test")
+    parser.add_argument_group("in a group").add_argument(flag)
+    if ok:
+        number, = vars(parser.parse_args([f"{flag}={value}"])).values()
+        assert number == float(value) and type(number) is type(engine.LIMITS[flag[2:]][0])
+        return
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([f"{flag}={value}"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and flag in said and said.count("\n") == 1
+
+
+def test_a_size_that_the_model_cannot_take_is_refused(train):
+    assert_refused(train(1, "--width 40 --height 40").wait(), "--width 40 --height 40", "multiples of 16")
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model", "--stage1"])
+def test_empty_values_are_refused(capsys, flag):
+    """An empty --data, from an unset shell variable, is not the default."""
+    parser = engine.command_line("test")
+    parser.add_argument(flag, default="toy")
+    assert parser.parse_args([]).__dict__ == {flag[2:]: "toy"}
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag, ""])
+    assert f"{flag} is empty: leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, error", [
+    ("cpu", None), (None, None), ("tpu", "not available here"), ("cuda", "not available here"),
+    ("cpu:1", "only 1 of this kind"), ("cuda:9", "not available here|only . of"), ("cpu:", "not available")])
+def test_devices(name, error):
+    if name and name.startswith("cuda") and torch.cuda.is_available():
+        name, error = name.replace(":9", ":99"), error and "not available here"
+    if error is None or name == "cuda" and torch.cuda.is_available():
+        assert engine.choose_device(name).type == (name or engine.choose_device().type)
+    else:
+        with pytest.raises(checkpoint.ModelError, match=error):
+            engine.choose_device(name)
 
 
 def test_noise_belongs_to_the_clip():
@@ -800,9 +925,9 @@ def test_restore_keeps_the_memory_format(tmp_path):
         optimizer = torch.optim.Adam([p], fused=True)
         for i, grad in enumerate(grads):
             if i and resumed:
-                tensors = engine.collect({}, {"opt": optimizer})
+                tensors = checkpoint.collect({}, {"opt": optimizer})
                 checkpoint.write_safetensors(tmp_path / "a.safetensors", tensors)
-                engine.restore({}, {"opt": optimizer}, load_file(tmp_path / "a.safetensors"))
+                checkpoint.restore({}, {"opt": optimizer}, load_file(tmp_path / "a.safetensors"))
             p.grad = grad.to(memory_format=torch.channels_last)
             optimizer.step()
         results.append(p.detach())
@@ -866,14 +991,14 @@ def test_finite_step_refuses(bad):
     optimizer = torch.optim.Adam(parameters)
     give_gradients(parameters)
     engine.finite_step(optimizer, parameters, 1.0)
-    weights, moments = [p.detach().clone() for p in parameters], engine.collect({}, {"opt": optimizer})
+    weights, moments = [p.detach().clone() for p in parameters], checkpoint.collect({}, {"opt": optimizer})
     moments = {key: value.clone() for key, value in moments.items()}
     give_gradients(parameters)
     parameters[1].grad[2] = bad
     _, stepped = engine.finite_step(optimizer, parameters, 1.0)
     assert not stepped and all(p.grad is None for p in parameters)
     assert all(torch.equal(a, b) for a, b in zip(weights, parameters))
-    assert equal(moments, engine.collect({}, {"opt": optimizer}))
+    assert equal(moments, checkpoint.collect({}, {"opt": optimizer}))
 
 
 def test_optimizer_on_and_off_the_disk(tmp_path):
@@ -881,10 +1006,10 @@ def test_optimizer_on_and_off_the_disk(tmp_path):
     a, b = torch.optim.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)
     give_gradients(ours)
     engine.finite_step(a, ours, 1.0)
-    saved = engine.collect({}, {"opt": a})
+    saved = checkpoint.collect({}, {"opt": a})
     checkpoint.write_safetensors(tmp_path / "a.safetensors", saved)
-    engine.restore({}, {"opt": b}, load_file(tmp_path / "a.safetensors"))
-    assert len(saved) == 6 and equal(saved, engine.collect({}, {"opt": b}))
+    checkpoint.restore({}, {"opt": b}, load_file(tmp_path / "a.safetensors"))
+    assert len(saved) == 6 and equal(saved, checkpoint.collect({}, {"opt": b}))
     for p, q in zip(ours, theirs):
         q.data.copy_(p)
     for optimizer, parameters in ((a, ours), (b, theirs)):
@@ -907,23 +1032,23 @@ def test_learning_rate_schedule(decay_steps, expected):
 
 def test_checkpoints_keep_the_last(tmp_path, capsys):
     config = {"lr": 0.1}
-    assert engine.load_checkpoint(tmp_path, "latest", config) == (0, {})
+    assert checkpoint.load_checkpoint(tmp_path, "latest", config) == (0, {})
     for step in (3, 6, 9, 12):
-        engine.save_checkpoint(tmp_path, step, {"x": torch.full((2,), step)}, config, keep=3)
+        checkpoint.save_checkpoint(tmp_path, step, {"x": torch.full((2,), step)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 9, 12]
-    step, tensors = engine.load_checkpoint(tmp_path, "latest", config)
+    step, tensors = checkpoint.load_checkpoint(tmp_path, "latest", config)
     assert step == 12 and tensors["x"].tolist() == [12, 12]
     (tmp_path / "checkpoint-0000012" / "state.json").unlink()
-    assert engine.load_checkpoint(tmp_path, "latest", config)[0] == 9
+    assert checkpoint.load_checkpoint(tmp_path, "latest", config)[0] == 9
     assert "checkpoint-0000012 is incomplete and skipped" in capsys.readouterr().err
-    assert engine.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), config)[0] == 6
+    assert checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), config)[0] == 6
     with pytest.raises(checkpoint.ModelError, match="not a complete checkpoint"):
-        engine.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000012"), config)
+        checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000012"), config)
     with pytest.raises(checkpoint.ModelError, match="lr was 0.1, is 0.2"):
-        engine.load_checkpoint(tmp_path, "latest", {"lr": 0.2})
-    assert engine.load_checkpoint(tmp_path, "none", config) == (0, {})
-    engine.rewind(tmp_path, 6)
-    engine.save_checkpoint(tmp_path, 7, {"x": torch.zeros(2)}, config, keep=3)
+        checkpoint.load_checkpoint(tmp_path, "latest", {"lr": 0.2})
+    assert checkpoint.load_checkpoint(tmp_path, "none", config) == (0, {})
+    checkpoint.rewind(tmp_path, 6)
+    checkpoint.save_checkpoint(tmp_path, 7, {"x": torch.zeros(2)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 7]
 
 
@@ -932,26 +1057,26 @@ def test_checkpoints_keep_the_last(tmp_path, capsys):
 def test_a_checkpoint_that_cannot_be_read_is_no_incomplete_one(tmp_path, name, which, capsys):
     """Its files may be intact, so it is not skipped. A link to itself fails to open, for root as well."""
     for step in (3, 6):
-        engine.save_checkpoint(tmp_path, step, {"x": torch.zeros(2)}, {}, keep=3)
+        checkpoint.save_checkpoint(tmp_path, step, {"x": torch.zeros(2)}, {}, keep=3)
     file = tmp_path / "checkpoint-0000006" / name
     content = file.read_bytes()
     file.unlink()
     file.symlink_to(file)
     which = str(file.parent) if which == "path" else which
     with pytest.raises(OSError, match=f"symbolic links: .*{name}"):
-        engine.load_checkpoint(tmp_path, which, {})
+        checkpoint.load_checkpoint(tmp_path, which, {})
     file.unlink()
     file.write_bytes(content)
-    assert engine.load_checkpoint(tmp_path, which, {})[0] == 6
+    assert checkpoint.load_checkpoint(tmp_path, which, {})[0] == 6
     file.write_bytes(content[:len(content) // 2])
-    assert which != "latest" or engine.load_checkpoint(tmp_path, which, {})[0] == 3      # read, and broken
-    assert engine.load_checkpoint(tmp_path / "nowhere", "latest", {}) == (0, {})
+    assert which != "latest" or checkpoint.load_checkpoint(tmp_path, which, {})[0] == 3     # read, and broken
+    assert checkpoint.load_checkpoint(tmp_path / "nowhere", "latest", {}) == (0, {})
 
 
 def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch):
-    engine.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=3)
+    checkpoint.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=3)
     with no_free_handle(), pytest.raises(OSError, match="Too many open files"):
-        engine.load_checkpoint(tmp_path, "latest", {})
+        checkpoint.load_checkpoint(tmp_path, "latest", {})
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -959,8 +1084,8 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(PermissionError, match=str(tmp_path)):
         patch.setattr(os, "listdir", refuse)
         patch.setattr(os, "scandir", refuse)
-        engine.load_checkpoint(tmp_path, "latest", {})
-    assert engine.load_checkpoint(tmp_path, "latest", {})[0] == 3
+        checkpoint.load_checkpoint(tmp_path, "latest", {})
+    assert checkpoint.load_checkpoint(tmp_path, "latest", {})[0] == 3
 
 
 def test_rewind_replaces_the_metrics_whole(tmp_path, monkeypatch):
@@ -974,9 +1099,9 @@ def test_rewind_replaces_the_metrics_whole(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(Path, "write_text", write_half)
-        engine.rewind(tmp_path, 4)
+        checkpoint.rewind(tmp_path, 4)
     assert file.read_text().startswith(rows)
-    engine.rewind(tmp_path, 4)
+    checkpoint.rewind(tmp_path, 4)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4] and list(tmp_path.iterdir()) == [file]
 
 
@@ -984,18 +1109,18 @@ def test_rewind_keeps_other_files(tmp_path):
     for name in ("checkpoint-0000004", "checkpoint-0000005", "checkpoint-0000012", ".checkpoint-5.part",
                  "checkpoint-best", "merged"):
         (tmp_path / name).mkdir()
-    engine.rewind(tmp_path, 4)                                                      # no metrics.jsonl yet
+    checkpoint.rewind(tmp_path, 4)                                                      # no metrics.jsonl yet
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["checkpoint-0000004", "checkpoint-best", "merged"]
 
 
 def test_restarted_by_torchrun(tmp_path):
-    engine.save_checkpoint(tmp_path / "elsewhere", 3, {"x": torch.zeros(2)}, {}, keep=3)
+    checkpoint.save_checkpoint(tmp_path / "elsewhere", 3, {"x": torch.zeros(2)}, {}, keep=3)
     path, here = tmp_path / "elsewhere" / "checkpoint-0000003", tmp_path / "here"
     here.mkdir()
-    load = lambda which: engine.load_checkpoint(here, which, {}, restarted=True)
+    load = lambda which: checkpoint.load_checkpoint(here, which, {}, restarted=True)
     assert load("none") == (0, {}) and load(str(path))[0] == 3                         # nothing saved here
-    engine.save_checkpoint(here, 5, {"x": torch.zeros(2)}, {}, keep=3)
+    checkpoint.save_checkpoint(here, 5, {"x": torch.zeros(2)}, {}, keep=3)
     assert load("none")[0] == load(str(path))[0] == 5
 
 
@@ -1004,6 +1129,6 @@ def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     name = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(name(handle)), flush(handle)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"-> {Path(b).name}"), replace(a, b)))
-    engine.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=3)
-    assert events == ["-> state.safetensors", "-> state.json", "state.safetensors", "state.json",
-                      ".checkpoint-3.part", "-> checkpoint-0000003", tmp_path.name]
+    checkpoint.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=3)
+    assert events == [".state.safetensors.part", "-> state.safetensors", ".state.json.part", "-> state.json",
+                      ".checkpoint-0000003.part", "-> checkpoint-0000003", tmp_path.name]

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import model
@@ -149,6 +151,50 @@ def test_only_what_the_clip_needs_is_decoded(tmp_path, monkeypatch):
         assert facts["start"] == pytest.approx(start * (60 - 13 / 7), abs=0.02)
         assert 13 / 7 * 30 < len(decoded) <= 13 / 7 * 30 + 15 + 2           # of 1800
         assert facts["start"] - 0.5 <= decoded[0] <= facts["start"] + 0.002
+
+
+def binary(i):
+    """A picture whose 8 blocks of 16x24 pixels are the bits of i."""
+    bits = np.array([i >> k & 1 for k in range(8)], np.uint8).reshape(2, 4)
+    return np.repeat(np.kron(bits * 235 + 10, np.ones((24, 16), np.uint8))[..., None], 3, 2)
+
+
+@pytest.mark.parametrize("bframes", [0, 1, 2, 3])
+@pytest.mark.parametrize("name, codec", [
+    *((name, "libx264") for name in "mp4 mov m4v 3gp 3g2 f4v mkv ts mts m2ts flv".split()),
+    *((name, "libx264") for name in "avi asf wmv mpg vob".split()), ("avi", "mpeg2video"),
+    *((name, "mpeg4") for name in "mp4 mkv ts avi asf mpg".split()), ("vob", "mpeg2video")])
+def test_b_frames(tmp_path, name, codec, bframes):
+    """Every frame is the one asked for, whatever the order in which frames are stored, or the file is
+    refused: H.264 has no times in an MPEG program stream."""
+    path = tmp_path / f"a.{name}"
+    assert path.suffix in data.SUFFIXES
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(codec, rate=25, width=64, height=48, bit_rate=3_000_000)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 12, bframes
+        stream.options = {"b-adapt": "0"} if codec == "libx264" else {}
+        for i in range(72):
+            frame = av.VideoFrame.from_ndarray(binary(i), "rgb24")
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for start in (0.0, 0.1, 0.3, 0.5, 0.77, 1.0):
+        try:
+            frames, facts = read(path, start)
+        except decode.BadVideo as error:
+            assert "without a time" in str(error) and codec == "libx264" and name in ("mpg", "vob")
+            continue
+        bits = frames[:, 12::24, 8::16, 0].reshape(N, 8) > 127
+        times = facts["start"] + np.arange(N) / FPS + decode.TOLERANCE
+        for shown, t in zip(bits @ (1 << np.arange(8)), times):             # start is rounded to milliseconds
+            assert shown in {int((t - 0.0006) * 25), int((t + 0.0006) * 25)}, (start, facts, shown, t)
+
+
+def test_times_that_run_backwards_are_refused(good_video):
+    frames = [SimpleNamespace(time=time, duration=1, time_base=0.1) for time in (0.0, 0.2, 0.1)]
+    with pytest.raises(decode.BadVideo, match="run backwards"):
+        list(decode.on_display(frames, False, None, 14, 7))
 
 
 # ---- Rotation, size, colour ------------------------------------------------------------------------------
@@ -305,6 +351,14 @@ def test_hd_colours_without_a_label(tmp_path):
     assert np.abs(frames[0, 20, 20].astype(int) - (40, 180, 60)).max() <= 6
 
 
+@pytest.mark.parametrize("curve, name", [(16, "SMPTE2084"), (18, "ARIB_STD_B67")])
+def test_hdr_is_refused(tmp_path, curve, name):
+    path = write(tmp_path / "a.mkv", at_rate(8), "libx265", "yuv420p10le", color_trc=curve, colorspace=9,
+                 options={"x265-params": f"log-level=none:transfer={curve}:colormatrix=9"})
+    with pytest.raises(decode.BadVideo, match=f"HDR video .{name}.: convert it to SDR"):
+        read(path)
+
+
 def test_interlaced_frames_show_one_moment(tmp_path):
     """Odd lines are of a later time. Shown together with the even lines, moving edges look like combs."""
     def two_moments(i):
@@ -434,7 +488,8 @@ def test_a_file_that_kills_its_decoder_costs_that_file(tmp_path, good_video, fra
         os.link(good_video, videos / name)
     clips = data.Clips(data.open_files(videos), 0, N, W, H, workers=2, skip_list=skip_list)
     assert clips.take(torch.arange(14)).shape == (14, N, H, W, 3)           # two epochs
-    clips.threads.shutdown(cancel_futures=True)
+    clips.threads.close()
+    clips.threads.join()
     found = [json.loads(line) for line in skip_list.read_text().splitlines()]
     reasons = {Path(row["path"]).stem: row["reason"] for row in found}
     assert len(found) == 3, found                                   # each once
@@ -454,6 +509,29 @@ def test_a_file_that_kills_its_decoder_costs_that_file(tmp_path, good_video, fra
         again.clip(number)
     assert [line for line in fragile() if "crash" in line] == before and len(before) == 3
     assert len(skip_list.read_text().splitlines()) == 3
+
+
+def test_damaged_lines_of_a_skip_list_are_left_out(tmp_path, folder, capsys):
+    files, known = data.open_files(folder), tmp_path / "skipped.jsonl"
+    line = json.dumps({"path": files[0], "reason": "known"}).encode()
+    known.write_bytes(line + b'\n{"path": "x"}\n\xff\n' + bytes(9) + b'\n["path"]\n{"path": "y", "rea')
+    clips = data.Clips(files, 0, N, W, H, workers=1, skip_list=known)
+    assert list(clips.bad) == [files[0]] and capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_does_not_wait_for_a_decoder_that_hangs():
+    code = """
+import sys, data, torch
+data.DECODER = [sys.executable, "-c", "import time; time.sleep(12)"]                # it never answers
+clips = data.Clips(["a.mp4"], 0, 14, 64, 48, workers=2)
+clips.threads.apply_async(print, ["waiting"], {"flush": True})
+clips.take(torch.arange(1))"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"waiting\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
 
 
 def test_a_killed_decoder_is_replaced(tmp_path, good_video):
@@ -483,6 +561,26 @@ def test_bad_files_are_replaced_and_noted_once(tmp_path, good_video, capfd):
     noted = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(Path(row["path"]).name for row in noted) == sorted(reasons)
     assert all(reasons[Path(row["path"]).name] in row["reason"] for row in noted)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_bad_files_that_follow_each_other_are_replaced_by_different_ones(n, monkeypatch):
+    files = [str(i) for i in range(n)]
+    clips = data.Clips(files, 0, N, W, H, workers=1)
+    order, asked = [files[i] for i in data.shuffled(0, 0, n)], []
+    bad = set(order[10:20])
+    facts = {path: {"path": path, "reason": "bad"} if path in bad else {"path": path} for path in files}
+    monkeypatch.setattr(clips, "read", lambda path, start: (None, facts[path]))
+    used = [clips.clip(number)[1]["path"] for number in range(n)]
+    assert all(path == own for path, own in zip(used, order) if own not in bad)
+    if n == 40:
+        assert len(set(used[10:20])) >= 7                           # 1 if the next good file replaces all
+    for number in range(n):                                         # every file is tried once
+        asked.clear()
+        monkeypatch.setattr(clips, "read", lambda path, start: (asked.append(path), {"reason": ""}))
+        with pytest.raises(ModelError, match="none of"):
+            clips.clip(number)
+        assert asked[0] == order[number] and sorted(asked) == sorted(files)
 
 
 def test_nothing_but_bad_files_ends_with_a_sentence(tmp_path, good_video):
@@ -598,6 +696,29 @@ def test_lists_that_are_none(tmp_path, name, text, where, message):
         data.open_files(tmp_path / name, where)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"path": "x", "n": ' + "[" * 100_000, "\0\0\n", "1" * 5000])
+def test_lists_that_are_not_json(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ModelError, match="a.jsonl: cannot be read"):
+        data.open_files(tmp_path / "a.jsonl")
+
+
+def test_odd_values_of_lists(tmp_path, monkeypatch, capsys):
+    """Lone surrogates and numbers beyond a float: such videos are bad or outside the limits."""
+    rows = [r'{"path": "\ud800.mp4", "n": 1}', r'{"path": "\udc80.mp4", "n": 1}',
+            '{"path": "y", "n": 1' + "0" * 400 + "}"]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    out = ("--out", tmp_path / "good.jsonl")
+    run(monkeypatch, "check", tmp_path / "a.jsonl", *out, "--where", "n", 0, 2, *SIZE)
+    assert "0 videos are good" in capsys.readouterr().out
+
+
+def test_a_list_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ModelError, match="no .csv or .jsonl list"):
+        data.open_files(tmp_path / "a.jsonl")
+
+
 def test_a_million_rows(tmp_path):
     """A list of a million rows opens in seconds. Its paths stay in memory, the rest of the rows does not."""
     row = 'clip_%d.mp4,"a caption, of some length, about this and that",5.1,4.2,0.99,static,100,24.0,4.1\n'
@@ -655,11 +776,27 @@ def test_default_size_of_training_clips(tmp_path, monkeypatch):
         sizes.append((args.width, args.height))
         return SimpleNamespace(take=lambda numbers: None)
     monkeypatch.setattr(data, "open_data", open_data)
-    args = {"output_dir": tmp_path, "seed": 0, "batch_size": 1, "height": None}
+    args = {"output_dir": tmp_path, "seed": 0, "batch_size": 1, "height": None, "data": "toy"}
     for sample_size, width in ((96, None), (16, None), (96, 512)):
         unet = SimpleNamespace(config={"sample_size": sample_size, "num_frames": 14})
         data.open_training_data(SimpleNamespace(**args, width=width), None, None, unet, 1, 0)
     assert sizes[::2] == sizes[1::2] == [(1024, 576), (128, 128), (512, 576)]       # training, validation
+
+
+def test_validation_clips_share_the_decoders_of_training(tmp_path, folder, nets, monkeypatch):
+    opened, original = [], data.Clips.__init__
+
+    def count(self, *arguments, **options):
+        opened.append(self)
+        original(self, *arguments, **options)
+    monkeypatch.setattr(data.Clips, "__init__", count)
+    args = flags(folder, workers=2, output_dir=tmp_path, batch_size=1)
+    unet = SimpleNamespace(config={"sample_size": 16, "num_frames": 4})
+    latents, (x0, cond) = data.open_training_data(args, *nets, unet, 1, 0)
+    assert len(opened) == 1 and x0.shape == (4, 4, 4, H // 8, W // 8) and cond.time_ids.shape == (4, 3)
+    numbers = data.HELD_OUT * 720_720 + torch.arange(4)
+    clips = [latents.clips.clip(number)[1]["path"] for number in numbers.tolist()]
+    assert len(set(clips)) == 4 and torch.equal(latents.take(numbers)[0], x0)
 
 
 def test_motion_bucket(tmp_path, nets):
@@ -678,8 +815,14 @@ def test_motion_bucket(tmp_path, nets):
 
 
 def run(monkeypatch, *arguments):
+    """Runs data.py with these arguments, in this process. Errors go through its sys.excepthook."""
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-    data.main()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)          # data.py replaces it
+    try:
+        data.main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        raise
 
 
 SIZE = ("--num_frames", 4, "--width", W, "--height", H, "--workers", 1)
@@ -746,6 +889,82 @@ def test_encode_resumes_and_notices_damage(tmp_path, folder, nets, pipeline_fold
         data.ShardLatents(tmp_path / "parts", 0, "cpu")
 
 
+@pytest.fixture
+def shards(tmp_path, folder, pipeline_folder, monkeypatch):
+    """The output of encode: seven clips, two per shard."""
+    run(monkeypatch, "encode", folder, "--out", tmp_path / "shards", "--model", pipeline_folder,
+        "--shard_size", 2, "--num_clips", 7, *SIZE)
+    return tmp_path / "shards"
+
+
+def sign(folder, **changes):
+    """Changes index.json and signs it again."""
+    index = checkpoint.read_json(folder / "index.json") | changes
+    index.pop("sha256")
+    checkpoint.write_json(folder / "index.json",
+                          index | {"sha256": data.digest(json.dumps(index).encode())})
+
+
+def test_shards_are_what_the_index_says(shards):
+    names = list(checkpoint.read_json(shards / "index.json")["shards"])
+    data.ShardLatents(shards, 0, "cpu")
+    for changes in ({"num_clips": 0}, {"num_clips": -1}, {"num_clips": 9}, {"num_clips": 5},
+                    {"shard_size": 0}, {"shard_size": 3}, {"num_frames": 5}, {"width": W + 8},
+                    {"height": 0}, {"shards": {}}, {"num_clips": "7"},
+                    {"num_clips": None}, {"shards": names}, {"width": 64.0},
+                    {"shards": dict.fromkeys(names[:3])},
+                    {"shards": dict.fromkeys([*names, "more.safetensors"])}):
+        before = (shards / "index.json").read_bytes()
+        sign(shards, **changes)
+        with pytest.raises(ModelError, match="index.json|safetensors"):
+            data.ShardLatents(shards, 0, "cpu")
+        (shards / "index.json").write_bytes(before)
+
+    file = shards / names[1]
+    tensors = dict(checkpoint.read_safetensors([file]))
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    without = {key: tensor for key, tensor in tensors.items() if key != "time_ids"}
+    for others in (without, tensors | {"more": torch.zeros(2)}, tensors | {"x0": tensors["x0"][:1]},
+                   tensors | {"x0": tensors["x0"][:, :2]}, tensors | {"image_embeds": torch.zeros(2, 24)},
+                   tensors | {"image_embeds": torch.tensor(0.0)}, {}):
+        checkpoint.write_safetensors(file, others)
+        with pytest.raises(ModelError, match="shard-000001.safetensors"):
+            data.ShardLatents(shards, 0, "cpu")
+    tensors["x0"][1, 0, 0, 0, 0] = float("nan")
+    save_file(tensors, file)
+    latents = data.ShardLatents(shards, 0, "cpu")
+    with pytest.raises(ModelError, match="shard-000001.safetensors: NaN or infinity in clip 1"):
+        latents.take(torch.arange(7))
+
+
+@pytest.mark.parametrize("content", [b"", bytes(64), b"0123abcd", b"\xff"])
+def test_a_checksum_left_by_a_killed_writer_is_made_again(shards, folder, pipeline_folder, monkeypatch,
+                                                          content):
+    file = shards / "shard-000001.sha256"
+    before, index = file.read_bytes(), (shards / "index.json").read_bytes()
+    file.write_bytes(content)
+    (shards / ".shard-000009.safetensors.part").write_bytes(b"half")
+    run(monkeypatch, "encode", folder, "--out", shards, "--model", pipeline_folder, "--shard_size", 2,
+        "--num_clips", 7, *SIZE)
+    assert file.read_bytes() == before and (shards / "index.json").read_bytes() == index
+    assert not list(shards.glob(".*"))
+    run(monkeypatch, "check", shards)
+
+
+def test_a_checksum_is_written_whole_or_not_at_all(tmp_path, folder, pipeline_folder, monkeypatch):
+    def stops(file, text, *rest, **more):
+        if "sha256" in file.name:
+            with open(file, "w"):
+                raise KeyboardInterrupt                             # opened, nothing written
+        return original(file, text, *rest, **more)
+    original = Path.write_text
+    monkeypatch.setattr(Path, "write_text", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, "encode", folder, "--out", tmp_path / "out", "--model", pipeline_folder, *SIZE)
+    assert (tmp_path / "out" / "shard-000000.safetensors").exists()
+    assert not list(tmp_path.glob("out/*.sha256"))
+
+
 def test_encode_on_two_processes(tmp_path, folder, pipeline_folder, monkeypatch):
     how = ["encode", folder, "--model", pipeline_folder, "--shard_size", 2, "--num_clips", 7, *SIZE]
     run(monkeypatch, *how, "--out", tmp_path / "one")
@@ -778,6 +997,54 @@ def test_check_writes_lists(tmp_path, good_video, monkeypatch, capsys):
     assert [Path(file).name for file in files] == ["a.mp4", "b.mp4"]
 
 
+def test_check_keeps_earlier_lists_until_it_is_done(tmp_path, folder, monkeypatch, capsys):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "good.bad.jsonl"
+    good.write_text("good before\n")
+    bad.write_text("bad before\n")
+
+    def stops(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.tqdm, "update", stops)                   # while the lists are written
+        run(monkeypatch, "check", folder, "--out", good, *SIZE)
+    assert good.read_text() == "good before\n" and bad.read_text() == "bad before\n"
+    assert sorted(tmp_path.iterdir()) == [bad, good]
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_the_input_is_not_overwritten(tmp_path, command, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"path": "x.mp4"}\n')
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    names = ["a.jsonl", "link.jsonl"] + ["bad"] * (command == "check")
+    for name in names:
+        data_list = tmp_path / "a.jsonl"
+        if name == "bad":                                           # the second output is the input
+            data_list = (tmp_path / "a.jsonl").rename(tmp_path / "new.bad.jsonl")
+        out = tmp_path / ("new.jsonl" if name == "bad" else name)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, command, data_list, "--out", out)
+        assert "would overwrite" in capsys.readouterr().err
+        assert data_list.read_text() == '{"path": "x.mp4"}\n'
+
+
+def test_what_a_search_passes_over_is_reported(tmp_path, good_video, pipeline_folder, monkeypatch, capsys):
+    videos = tmp_path / "videos"
+    (videos / "deep").mkdir(parents=True)
+    for name in ("a.mp4", "b.MTS", "deep/c.m2ts", "d.3g2", "e.asf", "f.vob", "g.f4v"):
+        os.link(good_video, videos / name)                          # FFmpeg looks at the content
+    for name in ("x.txt", "y.TXT", "deep/z.jpg", ".mp4", "README"):
+        (videos / name).write_text("no video")
+    (videos / "link").symlink_to(tmp_path)
+    for command, out in (("check", "good.jsonl"), ("preview", "a.png"), ("encode", "shards")):
+        run(monkeypatch, command, videos, "--out", tmp_path / out, "--model", pipeline_folder,
+            "--num_clips", 1, *SIZE)
+        shown = capsys.readouterr().out
+        assert "passed over 6 files: (hidden) (linked folder) (no suffix) .jpg .txt\n" in shown
+        assert command != "check" or "7 videos are good" in shown
+    data.open_files(videos)                                         # as a trainer does
+    assert not capsys.readouterr().out
+
+
 def test_preview(tmp_path, folder, monkeypatch, capsys):
     run(monkeypatch, "preview", folder, "--out", tmp_path / "sheet.png", "--num_clips", 3, *SIZE)
     assert Image.open(tmp_path / "sheet.png").size == (4 * (W + 2) + 2, 3 * (H + 2) + 2)
@@ -789,7 +1056,9 @@ def test_preview(tmp_path, folder, monkeypatch, capsys):
     (("encode", ".", "--shard_size", "0"), "--shard_size: 0 is not "),
     (("watch", "."), "invalid choice"), (("check", ".", "--sed", "1"), "unrecognized"),
     (("check", "."), "no videos"),
-    (("check", ".", "--where", "seconds", "1", "2"), "not a .csv or .jsonl list")])
+    (("check", ".", "--where", "seconds", "1", "2"), "no .csv or .jsonl list"),
+    (("check", ".", "--out", ".."), "cannot be written"),
+    (("preview", ".", "--out", ".."), "cannot be written")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as problem:

@@ -19,29 +19,29 @@ put in, "diffusers" is the reference implementation, if it is installed. Weights
 How the figures are timed:
 - Networks and samplers: median wall time of a synchronised call over --repeats, after a warm-up, launch
   overhead included. TFLOP are counted on the first call; the share is relative to the matrix product.
-- The matrix product, the machine's limit: median of triton.testing.do_bench on a GPU, wall time on a CPU.
+- The matrix product, the machine's limit: median of torch.utils.benchmark, many products per reading of the
+  clock.
 - memory is one run of the process; train takes the last 5 steps of a run.
 
 Single kernels and layers are measured by tests/kernel_speed.py.
 """
 import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
+import timeit
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import timer
+from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sampler
-from evaluate import ROOT, record
-from solver import NUM_SIGMAS, karras_sigmas, strided
+from evaluate import ROOT, parse_sampler, record
 from support import checkpoint, engine, kernels, media
 
 # ---------------------------------------------------------------------------------------------------------
@@ -50,24 +50,16 @@ from support import checkpoint, engine, kernels, media
 
 def wall_ms(fn, repeats):
     """Median milliseconds of a synchronised call of fn(), launch overhead included."""
-    times = []
-    for _ in range(repeats):
-        began = timer()                                         # waits for the GPU, then reads the clock
-        fn()
-        times.append(timer() - began)
-    return sorted(times)[repeats // 2] * 1e3
+    # PyTorch's timer waits for the GPU, then reads the clock.
+    return sorted(timeit.repeat(fn, timer=benchmark.timer, repeat=repeats, number=1))[repeats // 2] * 1e3
 
 
 def matmul_ceiling(device, dtype):
     """TFLOP/s of a large matrix product."""
-    n = 1024 if device == "cpu" else 8192
+    n = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    if device == "cpu":
-        ms = wall_ms(lambda: a @ b, repeats=10)
-    else:
-        from triton.testing import do_bench
-        ms = do_bench(lambda: a @ b, rep=500, return_mode="median")
-    return 2 * n ** 3 / ms / 1e9
+    product = benchmark.Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / product.blocked_autorange(min_run_time=0.5).median / 1e12
 
 
 def tell(what, **figures):
@@ -88,7 +80,7 @@ def measure(name, fn, args, *networks, counted=None):
     counted: a function with the same arithmetic, whose operations are counted instead of those of fn, because
     replays of a CUDA graph hide theirs. If the memory does not suffice, the row says so.
     """
-    on_gpu = args.device != "cpu"
+    on_gpu = args.device.type == "cuda"
     own = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
     others = torch.cuda.memory_allocated() - own
     try:
@@ -123,56 +115,54 @@ def load_networks(args, variant):
     return unet, vae, model.Cond(*(x.to(args.device, args.dtype) for x in cond))
 
 
+@torch.no_grad()
 def nets(args):
     """Yields the rows of the UNet, forward and backward, and of the VAE."""
-    no_grad, f = torch.no_grad(), args.num_frames
+    f = args.num_frames
     for variant in ["ours", "plain"] + ["diffusers"] * args.diffusers:
         unet, vae, cond = load_networks(args, variant)
         cuda_graph = args.cuda_graph and variant == "ours"
         x = torch.cat([cond.image_latents] * 2, dim=2)                                      # 1 f 8 h w
-        inputs = x, torch.tensor([1.6], device=args.device), cond.image_embeds, cond.time_ids
-        latents = cond.image_latents[0]                                                     # f 4 h w
-        frames = torch.randn(f, 3, args.height, args.width).to(latents)
-        forward = partial(unet, *inputs)
+        frames = torch.randn(f, 3, args.height, args.width).to(x)
+        forward = partial(unet, x, torch.ones(1).to(args.device), cond.image_embeds, cond.time_ids)
 
+        @torch.enable_grad()
         def backward():
             forward()[0].square().mean().backward()     # [0]: the clip, or the only output of diffusers
             unet.zero_grad()
 
-        yield measure(f"{variant}: UNet forward", no_grad(forward), args, unet)
+        row = lambda what, fn, net: measure(f"{variant}: {what}", fn, args, net)
+        yield row("UNet forward", forward, unet)
         if cuda_graph:
-            recorded = no_grad(partial(engine.cuda_graph(unet), *inputs))
-            yield measure(f"{variant}: UNet forward, recorded", recorded, args, unet)
-        for what, fn in (("encode", lambda: vae.encode(frames)), ("decode", lambda: vae.decode(latents, f))):
-            yield measure(f"{variant}: VAE {what}, {f} frames", no_grad(fn), args, vae)
+            yield row("UNet forward, recorded", engine.cuda_graph(forward), unet)
+        yield row(f"VAE encode, {f} frames", partial(vae.encode, frames), vae)
+        yield row(f"VAE decode, {f} frames", partial(vae.decode, cond.image_latents[0], f), vae)
         unet.requires_grad_(True)
-        yield measure(f"{variant}: UNet forward + backward", backward, args, unet)
+        yield row("UNet forward + backward", backward, unet)
         unet.zero_grad()                                # in case it ran out of memory
         unet.enable_gradient_checkpointing() if variant == "diffusers" else unet.set_checkpointing()
-        yield measure(f"{variant}: the same, checkpointed", backward, args, unet)
+        yield row("the same, checkpointed", backward, unet)
         if cuda_graph:
-            recorded = engine.cuda_graph(backward)
-            yield measure(f"{variant}: the same, checkpointed and recorded", recorded, args, unet)
+            yield row("the same, checkpointed and recorded", engine.cuda_graph(backward), unet)
 
 
+@torch.no_grad()
 def sample(args):
     """Yields the rows of sampling one clip, from the image to decoded frames, without the image encoder."""
     image = torch.zeros(1, 3, args.height, args.width, device=args.device)
-    graph = ", recorded" * bool(args.cuda_graph)
     unet, vae, cond = load_networks(args, "ours")
 
-    @torch.no_grad()
-    def ours(draw, sigmas, net):
+    def ours(draw, net):
         latents = vae.encode(image)[:, None].expand_as(cond.image_latents)
-        x0 = draw(net, cond._replace(image_latents=latents), sigmas, torch.Generator().manual_seed(0))
+        x0 = draw(net, cond._replace(image_latents=latents), generator=torch.Generator().manual_seed(0))
         return sampler.decode(vae, x0)
 
-    for what, draw, sigmas in (
-            ("1 step", sampler.sample, strided(karras_sigmas(NUM_SIGMAS), 1)),
-            ("1 step + TTS", partial(sampler.sample, tts=True), strided(karras_sigmas(NUM_SIGMAS), 2)),
-            ("25 guided", partial(sampler.sample_teacher, guidance=(1.0, 3.0)), karras_sigmas(25))):
-        plain = partial(ours, draw, sigmas, unet)
-        fn = partial(ours, draw, sigmas, engine.cuda_graph(unet)) if args.cuda_graph else plain
+    for what, name, is_teacher in (
+            ("1 step", "1", False), ("1 step + TTS", "tts", False), ("25 guided", "25", True)):
+        *_, draw = parse_sampler(name, is_teacher, guidance=(1.0, 3.0))
+        plain = partial(ours, draw, unet)
+        fn = partial(ours, draw, engine.cuda_graph(unet)) if args.cuda_graph else plain
+        graph = ", recorded" * bool(args.cuda_graph)
         yield measure(f"ours{graph}: image to frames, {what}", fn, args, unet, vae, counted=plain)
     if not args.diffusers:
         return
@@ -211,11 +201,19 @@ def random_pipeline(folder, device):
 
 def run(what, read, *command):
     """Runs a script -> a row with the figures that read(its output) returns, or with its error message."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        message = re.search(r"^\S*(Error|\.py): .*", done.stderr, re.MULTILINE)
-        return tell(what, error=message[0] if message else done.stderr)
-    return tell(what, **read(done.stdout))
+    # In a session of its own, the script does not get a Ctrl-C, but the SIGTERM below, once: torchrun then
+    # ends its processes. They would go on if it were killed, or interrupted while it ends them.
+    child = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    try:
+        output, errors = child.communicate()
+    finally:
+        child.terminate()
+        child.wait()
+    if child.returncode:
+        message = re.search(r"^\S*(Error|\.py): .*", errors, re.MULTILINE)
+        return tell(what, error=message[0] if message else errors)
+    return tell(what, **read(output))
 
 
 def memory(args):
@@ -233,27 +231,29 @@ def memory(args):
 
 def train(args):
     """Yields the rows of training steps of both stages, one clip per process."""
-    data = "--preset toy_cpu --num_clips 8"
+    data = ["--preset", "toy_cpu", "--num_clips", 8]
     if args.size == "full":
-        data = f"--preset paper --data {args.folder}/videos"
+        data = ["--preset", "paper", "--data", args.folder / "videos"]
         noise = torch.nn.Upsample(scale_factor=8)(torch.rand(60, 3, args.height // 8, args.width // 8))
         media.save_video(2 * noise - 1, args.folder / "videos" / "noise.mp4", 24)
 
     def read(_):
-        last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
+        last = checkpoint.read_lines(Path(out, "metrics.jsonl"))[-1]
         return {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
                 "memory_gib": last["memory_gb"] * 1e9 / 2**30}
 
     stages = [(1, kind, args.width, args.height) for kind in args.discriminators]
     stages.append((2, "latent", min(576, args.width), min(320, args.height)))
     for stage, kind, width, height in stages:
-        flags = (f"{data} --width {width} --height {height} --batch_size {args.gpus} --discriminator {kind} "
-                 "--log_steps 5 --max_train_steps 15 --validation_steps 99 --validation_teacher_steps 1")
+        # One process without torchrun, which would choose its GPU.
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {args.gpus}" * (args.gpus > 1)
+        flags = (f"--width {width} --height {height} --batch_size {args.gpus} --discriminator {kind} "
+                 "--log_steps 5 --max_train_steps 15 --validation_steps 99 --validation_teacher_steps 1"
+                 + " --stage1 none" * (stage == 2) + " --no-cuda_graph" * (args.cuda_graph is False))
         with tempfile.TemporaryDirectory(dir=args.folder) as out:               # 10 GB at full size
             yield run(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs", read,
-                      *f"-m torch.distributed.run --standalone --nproc_per_node {args.gpus}".split(),
-                      f"train_stage{stage}.py", "--model", args.model, "--output_dir", out, *flags.split(),
-                      *["--stage1", "none"] * (stage == 2), *["--no-cuda_graph"] * (args.cuda_graph is False))
+                      *torchrun.split(), f"train_stage{stage}.py", *data, *flags.split(),
+                      "--model", args.model, "--device", args.device, "--output_dir", out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -264,25 +264,32 @@ PARTS = {"nets": nets, "sample": sample, "memory": memory, "train": train}
 
 def parse_args():
     parser = engine.command_line("Measure speed and memory: networks, sampling, training.")
-    flag = parser.add_argument
+    flag, kinds = parser.add_argument, ["latent", "subpixel", "pixel", "unet"]
     flag("what", nargs="+", choices=PARTS, help="one or several, see the top of this file")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    flag("--size", choices=["full", "toy"], default="full", help="of the networks: SVD's, or the toy world's")
-    flag("--width", type=engine.positive, help="width of the clips (default: 1024; toy 128)")
-    flag("--height", type=engine.positive, help="height of the clips (default: 576; toy 128)")
-    flag("--num_frames", type=engine.positive, default=14, help="of the clips")
+    flag("--device", help="cuda, cuda:1 or cpu (default: cuda if available)")
+    flag("--size", type=str, choices=["full", "toy"], default="full", help="of the networks: SVD's, or toys")
+    flag("--width", help="width of the clips (default: 1024; toy 128)")
+    flag("--height", help="height of the clips (default: 576; toy 128)")
+    flag("--num_frames", default=14, help="of the clips")
     flag("--cuda_graph", action=argparse.BooleanOptionalAction, help="CUDA graphs (train default: preset's)")
     flag("--no_diffusers", dest="diffusers", action="store_false", help="leave out diffusers")
-    flag("--discriminators", nargs="*", default="latent subpixel pixel unet".split(), help="of train_stage1")
-    flag("--gpus", type=engine.positive, default=1, help="train: processes, one clip each")
-    flag("--repeats", type=engine.positive, default=5, help="timed runs")
-    flag("--warmup", type=int, default=2, help="untimed runs before the timed ones")
+    flag("--discriminators", nargs="*", choices=kinds, default=kinds, help="of train_stage1")
+    flag("--gpus", default=1, help="train: processes, one clip each")
+    flag("--repeats", default=5, help="timed runs")
+    flag("--warmup", default=2, help="untimed runs before the timed ones")
     flag("--report", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    args.device = engine.choose_device(args.device)
     args.width = args.width or (128 if args.size == "toy" else 1024)
     args.height = args.height or (128 if args.size == "toy" else 576)
-    args.dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    stride = 16 if args.size == "toy" else 64                           # of the VAE and the UNet together
+    if args.width % stride or args.height % stride:
+        parser.error(f"--width {args.width} --height {args.height}: must be multiples of {stride}")
+    if args.cuda_graph and args.device.type != "cuda":
+        parser.error(f"--cuda_graph: there is none on {args.device}")
+    args.dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
     args.diffusers = args.diffusers and util.find_spec("diffusers") is not None
+    checkpoint.check_writable(args.report)
     return args
 
 

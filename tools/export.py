@@ -12,12 +12,14 @@ the code that samples it. --push_to_hub uploads it.
 """
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import model
 from lora import load_lora, load_student, merge_lora
-from support.checkpoint import ASSETS, DTYPES, SVD, find_folder, replacing, save_network
-from support.engine import command_line, exit_on_error, fail
+from support import checkpoint
+from support.checkpoint import ASSETS, DTYPES, SVD, ModelError, find_folder, replacing, save_network
+from support.engine import command_line
 
 
 def export(args):
@@ -26,6 +28,9 @@ def export(args):
     fp16 and bf16 weights get a suffix in their file names, and diffusers opens them with variant="fp16" or
     "bf16". Raises ModelError or OSError.
     """
+    # A folder that holds an input is refused as well: the export could replace the input in it.
+    inputs = [path.resolve() for path in map(Path, (args.model, args.student)) if path.exists()]
+    checkpoint.refuse_overwriting([args.output_dir], [*inputs, *chain(*(path.parents for path in inputs))])
     unet, vae, image_encoder = (load(args.model, variant=args.variant, revision=args.revision) for load in (
         model.load_unet, model.load_vae, model.load_image_encoder))
     if args.command == "unmerge":
@@ -34,6 +39,7 @@ def export(args):
         unet = load_student(args.student, unet, args.variant)
     suffix = None if args.dtype == "fp32" else args.dtype
     for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
+        checkpoint.clear_parts(args.output_dir / part)
         save_network(net, args.output_dir / part, DTYPES[args.dtype], suffix)
     model.save_configs(args.output_dir)
     for licence in find_folder(args.model, "unet", args.variant, args.revision).parent.glob("LICENSE*"):
@@ -52,7 +58,6 @@ def export(args):
         part.write_text(card)
 
 
-@exit_on_error()
 def main():
     parser = command_line("Export a student for diffusers.")
     flag = parser.add_argument
@@ -74,7 +79,7 @@ def main():
             create_repo(args.push_to_hub, exist_ok=True)
             upload_folder(repo_id=args.push_to_hub, folder_path=args.output_dir, allow_patterns=exported)
         except Exception as error:                          # offline, not logged in, malformed name, quota
-            fail(f"{args.push_to_hub}: not uploaded: {error!r}")
+            raise ModelError(f"{args.push_to_hub}: not uploaded: {error!r}") from error
 
 
 if __name__ == "__main__":

@@ -2,51 +2,68 @@
 
     $ python -m tools.plot out/stage1/metrics.jsonl plot.png
 """
-import json
 import math
-import sys
+from collections import defaultdict
 from pathlib import Path
 
-from support.engine import fail
+from support.checkpoint import ModelError, read_lines, refuse_overwriting, replacing, require_file
+from support.engine import command_line
 
 COLUMNS = 3
+LARGEST = 1e300                         # larger numbers overflow in matplotlib's arithmetic
 
 
 def new_figure(width, height):
-    """An empty matplotlib figure, width x height in units of 100 pixels. Ends the command with one line if
-    matplotlib is missing: only requirements-dev.txt has it."""
+    """An empty matplotlib figure, width x height in units of 100 pixels. Raises ModelError if matplotlib is
+    missing: only requirements-dev.txt has it."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        fail("matplotlib is missing; install it with `pip install -r requirements-dev.txt`")
+    except ImportError as error:
+        hint = "install it with `pip install -r requirements-dev.txt`"
+        raise ModelError(f"matplotlib is missing; {hint}") from error
     return Figure((width, height), dpi=100, layout="constrained")
 
 
+def save_figure(figure, out):
+    """Writes a figure, whole or not at all, in the format that the suffix of `out` names. Raises ModelError
+    for a suffix that matplotlib does not know."""
+    kind = out.suffix[1:].lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ModelError(f"{out}: not the name of a picture; use for example {out.stem}.png")
+    with replacing(out) as part:
+        figure.savefig(part, format=kind)
+
+
 def plot(metrics, out):
-    """Draws a picture with one panel for each number of a metrics.jsonl, over the step. Values that are not
-    finite are left out."""
-    rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
-    names = list(dict.fromkeys(
-        name for row in rows for name, value in row.items() if name != "step" and not isinstance(value, str)))
-    if not names:
-        fail(f"{metrics}: no numbers in it; was the run stopped before its first log line?")
-    num_rows = math.ceil(len(names) / COLUMNS)
+    """Draws a picture with one panel for each number of a metrics.jsonl, over the step. Values that are no
+    finite numbers are left out. Raises ModelError."""
+    refuse_overwriting([out], [metrics])
+    require_file(metrics)
+    panels = defaultdict(list)                                  # name: its points (step, value)
+    for row in read_lines(metrics, step=int):
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)) and abs(value) < LARGEST:
+                panels[name].append((row["step"], value))
+    if not panels:
+        raise ModelError(f"{metrics}: no numbers in it, or no file; did the run stop before its first line?")
+    num_rows = math.ceil(len(panels) / COLUMNS)
     figure = new_figure(3.6 * COLUMNS, 2 * num_rows)
-    for i, name in enumerate(names, start=1):
+    for i, (name, points) in enumerate(panels.items(), start=1):
         panel = figure.add_subplot(num_rows, COLUMNS, i)
-        points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        panel.plot([x for x, _ in points], [y for _, y in points], ".-", markersize=3, linewidth=1.2)
-        panel.set_title(name, fontsize=9)
+        panel.plot(*zip(*points), ".-", markersize=3, linewidth=1.2)
+        panel.set_title(name, fontsize=9, parse_math=False)
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
     figure.supxlabel("step", fontsize=8)
-    figure.savefig(out)
+    save_figure(figure, out)
 
 
 def main():
-    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
-        fail("usage: python -m tools.plot METRICS.jsonl OUT.png")
-    plot(*sys.argv[1:])
+    parser = command_line("Draw the log of a training run.")
+    parser.add_argument("metrics", type=Path, metavar="METRICS.jsonl", help="the log of train_stage1 or 2")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture to write")
+    args = parser.parse_args()
+    plot(args.metrics, args.out)
 
 
 if __name__ == "__main__":

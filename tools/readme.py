@@ -9,8 +9,10 @@ table of the paper's claims, and whether the toy world confirms them. The plot i
 import re
 from collections import defaultdict
 
-from support.checkpoint import read_json
-from tools.plot import new_figure
+from evaluate import read_report
+from support.checkpoint import replacing
+from support.engine import command_line
+from tools.plot import new_figure, save_figure
 from tools.tables import ROOT, SHIPPED, TABLE1, TABLE2
 
 # The paper's claims, each in words and as "sampler < run, sampler", see tools/tables.py: with the first
@@ -95,21 +97,24 @@ def plot(rows, out):
     axes.set_yticks(fvd := [5, 10, 20, 50, 100, 200], fvd)
     axes.minorticks_off()
     axes.legend()
-    axes.figure.savefig(out)
+    save_figure(axes.figure, out)
 
 
 def main(root=ROOT):
     tables = {"student": [("", *row) for row in SHIPPED], "table1": [("", *row) for row in TABLE1],
               "table2": [(f"{letter}: ", *row) for letter, rows in TABLE2.items() for row in rows]}
-    reports = {name: read_json(root / "results" / f"{name}.json") for name in tables}
+    types = {"nfe": int, **dict.fromkeys(("fvd", "interval", *COLUMNS), float)}
+    reports = {name: read_report(root / "results" / f"{name}.json", **types) for name in tables}
     parts = {name: markdown(reports[name], table) for name, table in tables.items()}
     parts["orderings"] = orderings(reports["table1"]["rows"] + reports["table2"]["rows"])
     plot(reports["table1"]["rows"], root / "results" / "table1_nfe.png")
     text = (root / "README.md").read_text()
     for name, part in parts.items():
         text = re.sub(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda _: part, text, count=1)
-    (root / "README.md").write_text(text)
+    with replacing(root / "README.md") as part:
+        part.write_text(text)
 
 
 if __name__ == "__main__":
+    command_line("Write the tables and the plot of the README from the reports in results/.").parse_args()
     main()

@@ -10,10 +10,10 @@
     trained                     trains a student, or finds it in --work
     measure_table               trains and measures all rows
 
---jobs trains several students at the same time, while earlier rows are measured.
+Students train before the rows are measured: a training beside it would slow down the sampler that is timed.
+--jobs trains several students at the same time.
 """
 import hashlib
-import json
 import subprocess
 import sys
 import threading
@@ -52,9 +52,8 @@ LOCKS = defaultdict(threading.Lock)         # one per folder: two runs may need 
 
 
 def trained(run, seed, args):
-    """The folder of a run's UNet, and its training time in seconds. Trains the stages that --work lacks. The
-    time is None with --jobs above 1, because runs then share the GPU. Raises ModelError."""
-    seconds, stage1 = 0.0, "none"
+    """The folder of a run's UNet. Trains the stages that --work lacks. Raises ModelError."""
+    stage1 = "none"
     for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
         if flags is None:
             continue
@@ -64,15 +63,12 @@ def trained(run, seed, args):
         folder = args.work / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
         with LOCKS[folder]:
             if not (folder / "merged" / "config.json").exists():
-                command += ["--output_dir", str(folder)]
+                command += ["--device", str(args.device), "--output_dir", str(folder)]
                 print(*command, flush=True)
                 if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
                     raise checkpoint.ModelError(f"{run}: the training failed, see its message above")
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        # A median, because kernels are compiled in the first interval.
-        seconds += sorted(row["s_per_step"] for row in log)[len(log) // 2] * log[-1]["step"]
         stage1 = str(folder)
-    return folder / "merged", seconds if args.jobs == 1 else None
+    return folder / "merged"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -106,30 +102,24 @@ PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped 
 def measure_table(table, args, protocol):
     """Measures each row of a table, those of RUNS once for each of --seeds. Raises ModelError."""
     report = Report(args, **protocol)
-    rows = {}                               # a row that stands in a table several times is measured once
-    for run, name, paper in table:
-        for seed in args.seeds if run in RUNS else args.seeds[:1]:
-            rows.setdefault((run, name, seed), (run, name, seed, paper))
-    rows = report.missing(rows.values())
-    pool = ThreadPoolExecutor(args.jobs)
-    students = {key: pool.submit(trained, *key, args)
-                for key in dict.fromkeys((run, seed) for run, _, seed, _ in rows if run in RUNS)}
+    # A row that stands in a table several times is measured once.
+    rows = dict.fromkeys((run, name, seed) for run, name, _ in table
+                         for seed in (args.seeds if run in RUNS else args.seeds[:1]))
+    rows = [row for row in rows if row not in report.rows]
+    runs = list(dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        students = dict(zip(runs, pool.map(lambda run: trained(*run, args), runs)))
     world_seed, (f, _, size) = args.seed + data.HELD_OUT, report.shape
 
     def other_futures(numbers, seed):
         clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
         return to_bytes(clips.frames), 0
 
-    try:
-        for row in rows:
-            run, name, seed = row[:3]
-            future = students.get((run, seed))
-            student, seconds = future.result() if future else (STUDENT if run == "shipped" else None, None)
-            sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
-            pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
-            report.add(row, *sampler, training_seconds=seconds, pictured=pictured)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for run, name, seed in rows:
+        student = STUDENT if run == "shipped" else students.get((run, seed))
+        sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
+        pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
+        report.add(run, name, seed, *sampler, pictured=pictured)
 
 
 def main():
@@ -138,19 +128,18 @@ def main():
     flag("what", choices=["student", "table1", "table2"], help="student: the shipped one, in assets/toy")
     report_flags(parser)
     flag("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="rows of table2 to measure")
-    flag("--seeds", type=int, nargs="+", default=[0, 1], help="training seeds")
+    flag("--seeds", nargs="+", default=[0, 1], help="training seeds")
     flag("--work", type=Path, default="out/tables", help="where students are trained, and kept")
     flag("--stage1", default="--max_train_steps 200" + BUDGET, help="flags of each train_stage1.py")
     flag("--stage2", default="--max_train_steps 250" + BUDGET, help="flags of each train_stage2.py")
-    flag("--jobs", type=engine.positive, default=1, help="trainings at a time; only 1 records how long")
+    flag("--jobs", default=1, help="trainings at a time, which share the GPU")
     args = parser.parse_args()
     table2 = [FLOOR, *(row for name in args.rows for row in TABLE2[name])]
     tables = {"student": SHIPPED, "table1": TABLE1, "table2": table2}
     # FLOOR needs other futures of the same first frames, which real videos do not have.
     table = [row for row in tables[args.what] if row != FLOOR or args.data == "toy"]
     protocol = {} if args.what == "student" else {"stage1": args.stage1, "stage2": args.stage2}
-    with engine.exit_on_error():
-        measure_table(table, args, protocol)
+    measure_table(table, args, protocol)
 
 
 if __name__ == "__main__":

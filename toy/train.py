@@ -29,6 +29,7 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,10 +44,7 @@ import model
 import sampler
 import solver
 from discriminator import IMAGENET_MEAN, IMAGENET_STD
-from support import engine
-from support.checkpoint import write_json
-from support.kernels import fast
-from support.media import save_sheet
+from support import checkpoint, engine, kernels, media
 from toy.world import KINDS, NUM_ATTRIBUTES, NUM_STATIC, toy_clips
 
 # ---- Flags ----------------------------------------------------------------------------------------------
@@ -60,26 +58,27 @@ flag("--output_dir", type=Path, default="assets/toy", help="pipeline folder to w
 flag("--stages", nargs="+", choices=[*STEPS, "report"], default=[*STEPS, "report"], help="stages to run")
 flag("--quick", action="store_true", help="other defaults, for a test run: tiny networks, few steps")
 flag("--overwrite", action="store_true", help="train the chosen stages again, from scratch")
-flag("--seed", type=int, default=0, help="seed of world and random numbers; held-out clips have another")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
-flag("--size", type=int, default=128, help="height and width of the clips")
-flag("--num_frames", type=int, default=14, help="frames per clip")
-flag("--vae_channels", type=int, nargs=4, default=[32, 64, 96, 96], help="channels by level, multiples of 32")
-flag("--unet_channels", type=int, nargs="+", default=[128, 96], help="channels by level, multiples of 32")
-flag("--unet_attention", type=int, nargs="+", default=[0, 1], help="per level: 1 with transformers, else 0")
+flag("--seed", default=0, help="seed of world and random numbers; held-out clips have another")
+flag("--device", help="where to train (default: cuda if available)")
+flag("--size", default=128, help="height and width of the clips")
+flag("--num_frames", default=14, help="frames per clip")
+flag("--vae_channels", nargs=4, default=[32, 64, 96, 96], help="channels by level, multiples of 32")
+flag("--unet_channels", nargs="+", default=[128, 96], help="channels by level, multiples of 32")
+flag("--unet_attention", nargs="+", default=[0, 1], help="per level: 1 with transformers, else 0")
+count, rate = engine.number(1, 10 ** 6), engine.number(0.0, 1.0)
 for stage, (steps, batch_size, lr) in STEPS.items():
-    flag(f"--{stage}_steps", type=int, default=steps, help=f"optimisation steps of {stage}")
-    flag(f"--{stage}_batch_size", type=int, default=batch_size, help="clips (vae: frames) per step")
-    flag(f"--{stage}_lr", type=float, default=lr, help="peak learning rate")
-flag("--num_clips", type=int, default=40000, help="clips that unet trains on, rendered and encoded once")
+    flag(f"--{stage}_steps", type=count, default=steps, help=f"optimisation steps of {stage}")
+    flag(f"--{stage}_batch_size", type=count, default=batch_size, help="clips (vae: frames) per step")
+    flag(f"--{stage}_lr", type=rate, default=lr, help="peak learning rate")
+flag("--num_clips", default=40000, help="clips that unet trains on, rendered and encoded once")
 flag("--unet_init", help="pipeline folder whose UNet the stage unet starts from, at its size")
-flag("--ema_decay", type=float, default=0.999, help="decay of the averaged weights, which are saved")
-flag("--log_every", type=int, default=50, help="steps between log lines")
-flag("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
-flag("--time_limit", type=float, default=float("inf"), help="seconds until it saves, then exit status 3")
+flag("--ema_decay", default=0.999, help="decay of the averaged weights, which are saved")
+flag("--log_every", default=50, help="steps between log lines")
+flag("--checkpoint_every", default=500, help="steps between checkpoints")
+flag("--time_limit", default=float("inf"), help="seconds until it saves, then exit status 3")
 flag("--train_log", type=Path, help="JSON lines of steps and losses (default: OUTPUT_DIR/train_log.jsonl)")
 flag("--report", type=Path, help="JSON; pictures go beside it (default: OUTPUT_DIR/.train/report.json)")
-flag("--report_clips", type=int, default=512, help="held-out clips that the report measures")
+flag("--report_clips", default=512, help="held-out clips that the report measures")
 if parser.parse_known_args()[0].quick:
     parser.set_defaults(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32], num_clips=32,
                         report_clips=8, log_every=5, **{f"{stage}_steps": 12 for stage in STEPS},
@@ -87,13 +86,22 @@ if parser.parse_known_args()[0].quick:
 args = parser.parse_args()
 
 world, start = engine.start_world(args.device), time.time()
-device = world.device
-if args.unet_batch_size % world.size:
-    parser.error(f"--unet_batch_size {args.unet_batch_size} does not divide by {world.size} processes")
+device, args.device = world.device, str(world.device)
+levels = len(args.unet_channels)
+stride = 8 * 2 ** (levels - 1)                              # pixels per element of the UNet's smallest map
+problems = {
+    f"--size must be a multiple of {stride}": args.size % stride,
+    "channels must be multiples of 32": any(c % 32 for c in args.vae_channels + args.unet_channels),
+    f"--unet_attention must have {levels} values, as --unet_channels": len(args.unet_attention) != levels,
+    f"--unet_batch_size {args.unet_batch_size} does not divide by {world.size} processes":
+        args.unet_batch_size % world.size}
+if found := [problem for problem, wrong in problems.items() if wrong]:
+    parser.error("; ".join(found))
 work = args.output_dir / ".train"
 log_file = args.train_log or args.output_dir / "train_log.jsonl"
 report_file = args.report or work / "report.json"
-log_file.parent.mkdir(parents=True, exist_ok=True)
+if world.rank == 0:
+    checkpoint.check_writable(log_file, report_file, args.output_dir / "model_index.json")
 held_out = args.seed + data.HELD_OUT
 torch.backends.cudnn.benchmark = True
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32          # inside the networks
@@ -126,9 +134,14 @@ def train(stage, net, loss_of):
     state = {"net": weights.masters, "ema": ema}, {"adam": optimizer}       # all that a checkpoint holds
     config = {"world_size": world.size} | {name: value for name, value in vars(args).items()
                                            if name.startswith((stage, "seed", "size", "num_", "ema_decay"))}
-    first, tensors = engine.load_checkpoint(work / stage, "latest", config)
+    if world.rank == 0:
+        checkpoint.check_writable(work / stage / "state.json")                  # makes the folder
+        checkpoint.lock(work / stage)
+        checkpoint.clear_parts(work / stage)
+    fits = partial(checkpoint.check_shapes, *state)
+    first, tensors = checkpoint.load_checkpoint(work / stage, "latest", config, check=fits)
     if tensors:
-        engine.restore(*state, tensors)
+        checkpoint.restore(*state, tensors)
 
     generator, losses = torch.Generator(device), []
     # disable=None: no progress bar without a terminal.
@@ -149,7 +162,7 @@ def train(stage, net, loss_of):
             log(stage=stage, step=step + 1, loss=torch.stack(losses[-args.log_every:]).mean().item())
         stopping = engine.any_rank(stop or time.time() - start > args.time_limit, device)
         if (stopping or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps) and world.rank == 0:
-            engine.save_checkpoint(work / stage, step + 1, engine.collect(*state), config, keep=1)
+            checkpoint.save_checkpoint(work / stage, step + 1, checkpoint.collect(*state), config, keep=1)
         if stopping:
             if world.rank == 0:
                 print(f"{stage}: stopped after step {step + 1} of {steps}; the same command continues")
@@ -168,13 +181,16 @@ def graph_calls(net, *example):
 
 def publish(stage, net, save, **metrics):
     """Writes a finished network in fp16 into its folder, by save(net, folder), completely or not at all, and
-    deletes its checkpoint."""
-    part, folder = work / f"{stage}.part", args.output_dir / stage
+    deletes its checkpoint. Until it is there, an earlier network is in its folder, or in .train/STAGE.old."""
+    part, old, folder = work / stage / ".finished.part", work / f"{stage}.old", args.output_dir / stage
     if world.rank == 0:
         save(net.half(), part)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         part.rename(folder)
-        shutil.rmtree(work / stage, ignore_errors=True)
+        for done in (old, work / stage):
+            shutil.rmtree(done, ignore_errors=True)
         print(f"{stage}: finished at {time.time() - start:.0f} s", metrics, flush=True)
     log(stage=stage, finished=True, **metrics)
     engine.any_rank(False, device)                                  # wait until the folder is written
@@ -200,7 +216,7 @@ def psnr(decoded, frames):
 
 
 def train_vae():
-    vae = fast(model.VAE(
+    vae = kernels.fast(model.VAE(
         block_out_channels=args.vae_channels, layers_per_block=1, sample_size=args.size).to(device))
     vae.quant_conv.bias.data[vae.config["latent_channels"]:] = -6       # little noise on the latents at first
 
@@ -327,8 +343,9 @@ def train_unet():
     # Each process has its own clips and its part of every batch.
     num_clips, b = args.num_clips // world.size, args.unet_batch_size // world.size
     how = {"path": args.output_dir, "dtype": dtype, "device": device}
-    latents = data.toy_latents(fast(model.load_vae(**how)), model.load_image_encoder(**how), args.seed,
-                               num_clips, args.num_frames, args.size, device, first=world.rank * num_clips)
+    vae, image_encoder = kernels.fast(model.load_vae(**how)), model.load_image_encoder(**how)
+    latents = data.toy_latents(vae, image_encoder, args.seed, num_clips, args.num_frames, args.size, device,
+                               first=world.rank * num_clips)
     if device.type == "cuda":                               # torch.compile fuses the many small layers
         torch._dynamo.config.recompile_limit = 256          # counted over all blocks of a class
         for block in unet.modules():
@@ -377,7 +394,7 @@ def report():
     # Sharpness is measured relative to decoded clips: no sample is sharper than what the VAE can show.
     reference = loaded.reference._replace(ends=evaluate.to_bytes(decoded[:, [0, -1]]).cpu())
     fvd = lambda x: evaluate.frechet_distance(reference.features, evaluate.video_features(detector, x))
-    save = lambda name, rows: save_sheet(torch.stack(rows, dim=1).flatten(0, 1),
+    save = lambda name, rows: media.save_sheet(torch.stack(rows, dim=1).flatten(0, 1),
                                          report_file.with_name(f"{report_file.stem}_{name}.jpg"), shrink=2)
 
     # The first NUM_STATIC labels are the scene's, the others the motion's.
@@ -399,21 +416,20 @@ def report():
             rows += [generate(torch.arange(len(rows[0])), seed)[0] for seed in range(3 if steps == 25 else 1)]
     save("samples", rows)
     # Each stage has written its own figures into the log.
-    entries = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+    entries = checkpoint.read_lines(log_file, stage=str)
     results["stages"] = {entry.pop("stage"): entry for entry in entries if entry.get("finished")}
-    write_json(report_file, {**evaluate.record(args), **results})
+    checkpoint.write_json(report_file, {**evaluate.record(args), **results})
 
 
 # ---- Run the stages -------------------------------------------------------------------------------------
 
-with engine.exit_on_error():
-    for name, train_it in zip(STEPS, (train_vae, train_image_encoder, train_dinov2, train_i3d, train_unet)):
-        if name in args.stages and (args.overwrite or not (args.output_dir / name / "config.json").exists()):
-            if args.overwrite:
-                shutil.rmtree(work / name, ignore_errors=True)
-            torch.manual_seed(args.seed)            # initial weights do not depend on the stages before
-            train_it()
-    model.save_configs(args.output_dir)
-    if "report" in args.stages and world.rank == 0:
-        report()
+for name, train_it in zip(STEPS, (train_vae, train_image_encoder, train_dinov2, train_i3d, train_unet)):
+    if name in args.stages and (args.overwrite or not (args.output_dir / name / "config.json").exists()):
+        if args.overwrite:
+            shutil.rmtree(work / name, ignore_errors=True)
+        torch.manual_seed(args.seed)                # initial weights do not depend on the stages before
+        train_it()
+model.save_configs(args.output_dir)
+if "report" in args.stages and world.rank == 0:
+    report()
 engine.leave(0)
