@@ -778,7 +778,8 @@ def test_default_size_of_training_clips(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "open_data", open_data)
     args = {"output_dir": tmp_path, "seed": 0, "batch_size": 1, "height": None, "data": "toy"}
     for sample_size, width in ((96, None), (16, None), (96, 512)):
-        unet = SimpleNamespace(config={"sample_size": sample_size, "num_frames": 14})
+        config = {"sample_size": sample_size, "num_frames": 14, "block_out_channels": [1] * 4}
+        unet = SimpleNamespace(config=config)
         data.open_training_data(SimpleNamespace(**args, width=width), None, None, unet, 1, 0)
     assert sizes[::2] == sizes[1::2] == [(1024, 576), (128, 128), (512, 576)]       # training, validation
 
@@ -791,7 +792,7 @@ def test_validation_clips_share_the_decoders_of_training(tmp_path, folder, nets,
         original(self, *arguments, **options)
     monkeypatch.setattr(data.Clips, "__init__", count)
     args = flags(folder, workers=2, output_dir=tmp_path, batch_size=1)
-    unet = SimpleNamespace(config={"sample_size": 16, "num_frames": 4})
+    unet = SimpleNamespace(config={"sample_size": 16, "num_frames": 4, "block_out_channels": [32, 32]})
     latents, (x0, cond) = data.open_training_data(args, *nets, unet, 1, 0)
     assert len(opened) == 1 and x0.shape == (4, 4, 4, H // 8, W // 8) and cond.time_ids.shape == (4, 3)
     numbers = data.HELD_OUT * 720_720 + torch.arange(4)

@@ -233,7 +233,7 @@ def train(args):
     """Yields the rows of training steps of both stages, one clip per process."""
     data = ["--preset", "toy_cpu", "--num_clips", 8]
     if args.size == "full":
-        data = ["--preset", "paper", "--data", args.folder / "videos"]
+        data = ["--preset", "paper", "--data", args.folder / "videos", "--dino", args.model / "dinov2"]
         noise = torch.nn.Upsample(scale_factor=8)(torch.rand(60, 3, args.height // 8, args.width // 8))
         media.save_video(2 * noise - 1, args.folder / "videos" / "noise.mp4", 24)
 
