@@ -380,7 +380,12 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     other = open_data(Namespace(**flags), vae, image_encoder) if args.data == "toy" else latents
     # Numbers that training does not reach. 720,720 is a multiple of 1 to 16: four clips of few videos belong
     # to one epoch, so they differ.
-    return latents, other.take(HELD_OUT * 720_720 + torch.arange(4))
+    x0, cond = other.take(HELD_OUT * 720_720 + torch.arange(4))                     # b f 4 h w
+    found, takes = [cond.image_embeds.shape[-1], 2 * x0.shape[2]], [
+        unet.config["cross_attention_dim"], unet.config["in_channels"]]
+    if found != takes:
+        raise ModelError(f"--data has image embeddings and channels {found}, the UNet takes {takes}")
+    return latents, (x0, cond)
 
 
 # ---- Commands -------------------------------------------------------------------------------------------
@@ -395,8 +400,10 @@ def check(args, out):
                 raise ModelError(f"{args.data}/{name}: damaged: delete it and run the same `encode` again")
         return print(f"{args.data}: all {len(shards)} shards have the right checksums")
     checkpoint.check_writable(out)
-    bad, clips = out.with_suffix(".bad.jsonl"), open_clips(args, report=True)
+    bad = out.with_suffix(".bad.jsonl")
+    checkpoint.check_writable(bad)
     checkpoint.refuse_overwriting([out, bad], [args.data])
+    clips = open_clips(args, report=True)
     good, n, step = 0, len(clips.files), 64 * args.workers
     with (checkpoint.replacing(out) as good_part, checkpoint.replacing(bad) as bad_part,
           open(good_part, "w") as good_list, open(bad_part, "w") as bad_list,
@@ -433,6 +440,7 @@ def encode(args, out):
     source = VideoLatents(clips, *nets, args.motion_bucket_id)
     out.mkdir(parents=True, exist_ok=True)              # only now: bad input leaves no folder behind
     if world.rank == 0:
+        checkpoint.lock(out)
         checkpoint.clear_parts(out)
         write_json(out / "settings.json", settings)
     engine.any_rank(False, world.device)                # nobody writes before the folder is cleared
@@ -463,7 +471,7 @@ def main():
     flag("--out", type=Path, help="output (None: good.jsonl, sheet.png or shards)")
     engine.clip_flags(flag)
     parser.set_defaults(width=576, height=320, workers=os.cpu_count())
-    flag("--num_frames", default=14, help="frames per clip")
+    flag("--num_frames", type=engine.number(2, 1000), default=14, help="frames per clip")
     flag("--num_clips", help="number of clips (None: preview 8, encode one per video)")
     flag("--model", default="assets/toy", help="encode: pipeline folder or hub id")
     flag("--shard_size", default=256, help="encode: clips per shard")

@@ -34,7 +34,8 @@ from tqdm import tqdm
 import model
 from lora import load_student
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
-from support.checkpoint import ASSETS, DTYPES, SVD, check_writable, refuse_overwriting, write_safetensors
+from support import checkpoint
+from support.checkpoint import ASSETS, DTYPES, SVD, write_safetensors
 from support.engine import choose_device, command_line, cuda_graph, fail, peak_memory
 from support.kernels import fast
 from support.media import find_images, fit_image, load_images, save_sheet, save_video
@@ -233,6 +234,8 @@ def parse_args(argv=None):
     if args.model == "toy":
         args.model = TOY
         args.student = args.student or (STUDENT if STUDENT.is_file() and not args.teacher else None)
+    if args.student and (args.steps or 1) > NUM_SIGMAS:
+        fail(f"--steps {args.steps}: a student has {NUM_SIGMAS} noise levels, and so at most as many steps")
     return args
 
 
@@ -246,9 +249,10 @@ def plan_videos(args):
         videos.append((path, seed, args.out.with_stem(args.out.stem + suffix)))
     files = [file for _, _, file in videos]
     latents = [file.with_suffix(".safetensors") for file in files if args.save_latents]
-    networks = [Path(path, name) for path in (args.model, args.student) if path for name in ("", "unet")]
-    refuse_overwriting([*files, *latents, args.gallery], [path for _, path in images] + networks)
-    check_writable(files[0], args.gallery)
+    folders = "", "unet", "vae", "image_encoder"
+    networks = [Path(path, name) for path in (args.model, args.student) if path for name in folders]
+    checkpoint.refuse_overwriting([*files, *latents, args.gallery], [path for _, path in images] + networks)
+    checkpoint.check_writable(files[0], args.gallery)
     return videos
 
 
@@ -264,6 +268,7 @@ def load_networks(args, dtype):
     unet = model.load_unet(args.model, dtype=dtype, **source)
     if args.student:
         unet = load_student(args.student, unet, args.variant)
+    checkpoint.check_fit(unet, vae, image_encoder)
     if not args.plain:
         unet, vae = fast(unet), fast(vae)
     return unet, vae, image_encoder

@@ -108,9 +108,10 @@ if args.stage1 != "none":                                           # theta and 
     groups = {"student": theta.masters} | ({"disc": psi | psi_buffers} if args.adv_weight else {})
     for stem, group in groups.items():
         file = Path(args.stage1) / f"{stem}.safetensors"
-        if not file.is_file():
-            raise ModelError(f"{file}: missing; run train_stage1.py first, or give --stage1 none")
-        for name, tensor in read_safetensors([file]):
+        tensors = dict(read_safetensors([file])) if file.is_file() else {}
+        if not tensors:
+            raise ModelError(f"{file}: missing or empty; run train_stage1.py first, or give --stage1 none")
+        for name, tensor in tensors.items():
             if name not in group or group[name].shape != tensor.shape:
                 raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
                                  "must be those of stage 1, and --train must include what trained there")

@@ -134,6 +134,16 @@ def save_network(net, folder, dtype=None, variant=None):
     write_json(Path(folder) / "config.json", {**net.config, **kind})
 
 
+def check_fit(unet, vae, image_encoder):
+    """Raises ModelError for networks of different models, which cannot work together."""
+    for what, of_unet, of_other in (
+            ("image embeddings", unet.config["cross_attention_dim"], image_encoder.config["projection_dim"]),
+            ("channels", unet.config["in_channels"], 2 * vae.config["latent_channels"])):
+        if of_unet != of_other:
+            raise ModelError(f"the UNet takes {of_unet} {what}, the other networks of --model make "
+                             f"{of_other}: does the student belong to another --model?")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Folders, shards and the hub
 
@@ -254,6 +264,7 @@ def read_json(file, **types):
 def read_lines(file, **types):
     """The objects in a file of JSON lines, as dictionaries; none if there is no such file. Lines that are
     damaged or lack a key of `types` are left out, and counted on stderr."""
+    require_file(file)
     rows, lines = [], file.read_bytes().splitlines() if file.exists() else []
     for line in lines:
         with suppress(ValueError, RecursionError):
@@ -293,15 +304,15 @@ def check_writable(*paths):
     """Raises OSError if one of the files `paths` could not be written. For the start of a script, so that
     hours of work are not lost at its end. A path that is None is ignored."""
     for path in filter(None, paths):
-        part = path.absolute().with_name(f".{path.name}.part")
+        if path.is_dir():
+            raise OSError(f"{path}: cannot be written (it is a folder)")
+        part = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.touch()
             part.unlink()
         except OSError as error:
             raise OSError(f"{path}: cannot be written ({error.strerror})") from error
-        if path.is_dir():
-            raise OSError(f"{path}: cannot be written (it is a folder)")
 
 
 def refuse_overwriting(outputs, inputs):
@@ -405,6 +416,8 @@ def load_checkpoint(folder, which, config, restarted=False, check=None):
             tensors = dict(read_safetensors([path / "state.safetensors"]))
             if len(tensors) != state["tensors"]:
                 raise ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
+            if path.match(CHECKPOINTS) and path.name != f"checkpoint-{state['step']:07d}":
+                raise ModelError(f"{path}: its step is {state['step']}")
             if check:
                 check(tensors)
         except ModelError as error:

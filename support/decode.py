@@ -135,6 +135,7 @@ def picture(frame, aspect, width, height):
 def serve():
     """Answers requests until stdin is closed."""
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # the end of the training is no error of this process
     for request in map(json.loads, sys.stdin.buffer):
         signal.alarm(TIMEOUT)                                           # then SIGALRM ends the process
         try:

@@ -209,6 +209,8 @@ def command_line(description, memory_hint="try smaller sizes or batches", **sett
     """The parser of a script's flags, which shows defaults in --help. From here on the errors of bad input
     end the script with one line, see report_error."""
     sys.excepthook = partial(report_error, memory_hint)
+    if sys.stdout:                                  # names of files may have bytes that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = Parser(description=description, allow_abbrev=False, **settings)
     parser.formatter_class = partial(HelpFormatter, max_help_position=30, width=110)
     return parser
@@ -286,6 +288,7 @@ def start_training(parser, presets):
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {world.size} processes times "
                      f"{args.gradient_accumulation_steps} gradient accumulation steps")
     if world.rank == 0:                             # before hours of work, not after them
+        checkpoint.refuse_overwriting([args.output_dir], [args.model, args.dino, args.data])
         checkpoint.check_writable(args.output_dir / "metrics.jsonl")
         checkpoint.lock(args.output_dir)
     stop = []

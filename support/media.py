@@ -168,6 +168,8 @@ def save_sheet(clips, file, shrink=1):
     """Writes the contact sheet of clips [n f 3 h w], reduced by the integer factor `shrink`, as a JPEG if
     `file` ends in .jpg, else as a PNG."""
     from PIL import Image
+    content = io.BytesIO()                      # on a full disk, PIL would write half a JPEG without an error
+    sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)
+    sheet.save(content, "JPEG" if file.suffix == ".jpg" else "PNG", quality=90)
     with replacing(file) as part:
-        sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)
-        sheet.save(part, "JPEG" if file.suffix == ".jpg" else "PNG", quality=90)
+        part.write_bytes(content.getvalue())

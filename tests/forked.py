@@ -86,7 +86,7 @@ def run(files, argv, folder, environment):
     for number, file in enumerate(files):                       # stdin, stdout, stderr
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

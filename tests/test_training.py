@@ -687,10 +687,12 @@ def test_stage_2_continues_from_stage_2_at_another_size(train, whole):
     assert before.keys() == after.keys() and 0 < moved < 1e-3                  # one step of Adam, warming up
 
 
-def test_stage_1_that_does_not_fit(train, whole):
+def test_stage_1_that_does_not_fit(train, whole, tmp_path):
     run = train(2, f"--stage1 {whole[1]} --lora_rank 8").wait()
     assert_refused(run, "student.safetensors", "does not fit", "--lora_rank")
     assert_refused(train(2, "--stage1 nowhere").wait(), "nowhere/student.safetensors", "--stage1 none")
+    checkpoint.write_safetensors(tmp_path / "student.safetensors", {})
+    assert_refused(train(2, f"--stage1 {tmp_path}").wait(), "student.safetensors: missing or empty")
 
 
 @BOTH
@@ -706,7 +708,8 @@ def test_ranks_that_draw_different_weights_are_refused(train):
     assert run.status == 2 and run.stderr.count("the ranks drew different initial weights") == 2, run.stderr
 
 
-def test_a_folder_belongs_to_one_run(train, whole, tmp_path):
+def test_a_folder_belongs_to_one_run(train, whole, teacher, tmp_path):
+    assert_refused(train(1, folder=teacher).wait(), f"{teacher}: would overwrite")
     assert_refused(train(2, f"--stage1 {whole[1]}", folder=whole[1]).wait(), f"{whole[1]}: would overwrite")
     checkpoint.lock(tmp_path)                                                   # as another run would
     try:
