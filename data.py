@@ -45,7 +45,7 @@ from support.media import save_sheet
 from toy.world import toy_clips
 
 FPS = 7
-HELD_OUT = 1_000_000                    # toy worlds of seed + HELD_OUT are for validation and evaluation
+HELD_OUT = 1_000_000                    # toy worlds of seed + HELD_OUT are for sample sheets and for tuning
 
 
 # ---- Latents and conditions -----------------------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""Measures generated videos: Frechet Video Distance (FVD), sharpness, diversity, fidelity and motion.
+"""Measures generated videos: Frechet Video Distance (FVD), sharpness, diversity, fidelity, motion and shapes.
 
     $ python evaluate.py fvd --student out/stage2/merged --sampler tts --report fvd.json
     $ python evaluate.py fvd --model SVD --data VIDEOS --detector i3d --sampler 25      # real clips, I3D
+    $ python evaluate.py sensitivity --report sensitivity.json          # which figure sees which damage
 
-    VideoClassifier     the toy world's substitute for I3D: a small 3-D convolutional network
     load_detector       an I3D TorchScript file, or the folder of a VideoClassifier
     video_features      clips -> the detector's logits, which the distance compares
-    frechet_distance    distance of the Gaussians fitted to two sets of features; `interval` is its error bar
+    frechet_distance    distance of the Gaussians fitted to two sets of features
+    intervals           the error bars of figures; share_interval: of a share
     open_reference      the real clips, and the conditions that every sampler starts from
-    measure             generated clips -> all figures
+    measure             generated clips -> all figures; summary: values of single clips -> figures
     parse_sampler       "25", "tts", "1 cfg 1.5": a sampler by its name
     Report              rows of one protocol: `fvd` has one row, tools/tables.py has the paper's tables
     read_report         the file of a report -> its content
+    sensitivity         damaged clips -> which figure sees which damage
 
 FVD (Unterthiner et al., arXiv 1812.01717) is the Frechet distance between real and generated clips in the
 space of the 400 logits of an I3D network trained on Kinetics. In the toy world a VideoClassifier takes I3D's
@@ -20,6 +22,7 @@ number of clips, so every report contains its protocol.
 """
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -30,8 +33,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import data
 import model
@@ -42,49 +44,18 @@ from support import checkpoint, engine
 from support.checkpoint import ModelError, load_network, save_network, write_json
 from support.kernels import fast
 from support.media import save_sheet
-from toy.world import COLOURS, toy_clips
+from toy.detector import VideoClassifier
+from toy.shapes import DAMAGES, DEFECTS, damages, inspect
+from toy.world import WORLD, Scene, paths, scene, toy_clips
 
 ROOT = Path(__file__).resolve().parent
+# Clips of the toy worlds of seed + UNSEEN serve only for evaluation: those of seed + data.HELD_OUT are also
+# on sample sheets, and settings were chosen by them.
+UNSEEN = 2 * data.HELD_OUT
 SHOWN = 3                                                       # clips per row in a report's picture
 
 # ---------------------------------------------------------------------------------------------------------
 # Detector
-
-
-class VideoClassifier(nn.Module):
-    """Multi-label classifier of clips. Its convolutions halve height and width four times, time twice."""
-
-    class_name, file_stem = "VideoClassifier", "model"                          # of its files
-
-    def __init__(self, num_classes: int, channels=(32, 64, 96, 128), size: int = 128):
-        super().__init__()
-        self.config = {"num_classes": num_classes, "channels": list(channels), "size": size}
-        c1, c2, c3, c4 = channels
-
-        def conv(c_in, c, stride, kernel=(3, 3, 3)):
-            conv = nn.Conv3d(c_in, c, kernel, stride, padding=[k // 2 for k in kernel], bias=False)
-            return nn.Sequential(conv, nn.GroupNorm(8, c), nn.SiLU())
-
-        self.stem = conv(3, c1, (1, 2, 2), (3, 5, 5))
-        self.stages = nn.Sequential(conv(c1, c2, (1, 2, 2)), conv(c2, c3, (2, 2, 2)), conv(c3, c4, (2, 2, 2)))
-        self.mix = conv(c4, c4 // 2, 1)
-        self.head = nn.Linear(c4 // 2 * 4 * 4, num_classes)         # on a 4x4 map, to keep positions
-
-    def forward(self, x: Tensor, rescale=True, resize=True, return_features=True) -> Tensor:
-        """x [b 3 f H W] -> logits [b k], or probabilities if not return_features. I3D's script has the same
-        arguments.
-
-        rescale: x is in [0, 255] instead of [-1, 1]. resize: frames are resized to config["size"].
-        """
-        x = x / 127.5 - 1 if rescale else x
-        size = self.config["size"], self.config["size"]
-        if resize and x.shape[-2:] != size:
-            frames = rearrange(x, "b c f h w -> (b f) c h w")
-            frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
-            x = rearrange(frames, "(b f) c h w -> b c f h w", b=len(x))
-        x = self.mix(self.stages(self.stem(x.to(self.head.weight.dtype)))).mean(dim=2)      # b c h w
-        logits = self.head(F.adaptive_avg_pool2d(x, 4).flatten(1))                          # b k
-        return logits if return_features else logits.sigmoid()
 
 
 save_detector = save_network
@@ -156,18 +127,25 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     return float(shift + cov_real.trace() + cov_fake.trace() - 2 * overlap)
 
 
-@torch.no_grad()
-def interval(features_real: Tensor, features_fake: Tensor, rounds: int = 40, seed: int = 0) -> float:
-    """Half the width of a 95 % bootstrap interval of the distance: 1.96 standard deviations over `rounds`
-    resamplings of the clips.
+def intervals(figures, values, rounds: int = 40, seed: int = 0):
+    """Half the width of the 95 % bootstrap interval of each figure -> {name: number}: 1.96 standard
+    deviations over `rounds` resamplings of the clips. 0 for a figure that is not finite.
 
-    Row i of both [n d] belongs to the same first frame, so both sets are resampled with the same indices. The
-    mean over the resamplings is not used: repeated clips make it larger than the distance itself.
+    figures(values) -> {name: number}; values: {name: one row per clip}. Row i of all of them belongs to the
+    same first frame, so all are resampled with the same indices. The mean over the resamplings is not used:
+    repeated clips make a distance larger than it is.
     """
-    generator, n = torch.Generator().manual_seed(seed), len(features_real)
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(rounds)]
-    distances = [frechet_distance(features_real[i], features_fake[i]) for i in draws]
-    return 1.96 * torch.tensor(distances).std().item()
+    generator, n = torch.Generator().manual_seed(seed), max(map(len, values.values()))
+    draws = torch.randint(n, (rounds, n), generator=generator)
+    found = [figures({name: x[i % len(x)] for name, x in values.items()}) for i in draws]
+    finite = {name: [row[name] for row in found if math.isfinite(row[name])] for name in found[0]}
+    return {name: 1.96 * torch.tensor(x).std().item() if len(x) > 1 else 0.0 for name, x in finite.items()}
+
+
+def share_interval(share, n):
+    """Half the width of the 95 % interval (Wilson's) of a share of n clips. It is above 0 for 0 of n, too."""
+    z = 1.96
+    return z / (1 + z ** 2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -181,27 +159,32 @@ class Reference(NamedTuple):
     shown: Tensor               # SHOWN f 3 H W  uint8, on the CPU: the first clips
     cond: model.Cond            # of the first frames, on the CPU
     features: Tensor            # n k
-    colours: Tensor | None = None       # n p    toy world: bool, which of COLOURS the shapes have
-    moved: Tensor | None = None         # n      toy world: pixels per frame that the shapes move
+    moved: Tensor | None = None         # n      toy world: units per frame that the shapes move
+    scene: Scene | None = None          # n ..   toy world: what the first frames show
+
+    def scenes(self, numbers, device):
+        """The Scene of the clips `numbers` [b], on the device."""
+        return Scene(*(x[numbers.to(x.device)].to(device) for x in self.scene))
 
 
 @torch.no_grad()
 def open_reference(args, vae, image_encoder, detector, num_frames, width, height, device):
     """Reads --num_clips clips of --data and encodes their first frames -> Reference. Raises ModelError."""
-    kept, conds = defaultdict(list), []
+    kept, conds, world_seed = defaultdict(list), [], args.seed + UNSEEN
+    start = scene(world_seed, torch.arange(args.num_clips, device=device)) if args.data == "toy" else None
     if args.data != "toy":
         videos = data.Clips(data.open_files(args.data), args.seed, num_frames, width, height)
     for numbers in torch.arange(args.num_clips).split(args.batch_size):
         if args.data == "toy":
-            clips = toy_clips(args.seed + data.HELD_OUT, numbers, num_frames, height, device)
+            clips = toy_clips(world_seed, numbers, num_frames, height, device)
             frames, bucket = clips.frames, clips.motion_bucket_id                           # b f 3 H W
-            colours = clips.attributes[:, :len(COLOURS)].bool()                             # b p
-            kept["colours"].append(colours)
-            kept["moved"].append(displacement(to_bytes(frames), colours))
+            steps = clips.centres.diff(dim=1).norm(dim=-1).mean(dim=1) * WORLD / height     # b n
+            kept["moved"].append((steps * clips.present).sum(1) / clips.present.sum(1))
         else:
             pixels = rearrange(videos.take(numbers), "b f h w c -> b f c h w").to(device)
             frames, bucket = pixels.float() / 127.5 - 1, 127                                # b f 3 H W
-        generators = [torch.Generator().manual_seed(i) for i in numbers.tolist()]
+        # No sampler starts from these seeds: those of generate_clips are below 2 ** 60.
+        generators = [torch.Generator().manual_seed(2 ** 62 + i) for i in numbers.tolist()]
         noise = sampler.draw_noise(frames[:, 0].shape, generators, device)                  # b 3 H W
         cond = model.encode_condition(vae, image_encoder, frames[:, 0], noise, num_frames=num_frames,
                                       fps=data.FPS, motion_bucket_id=bucket, noise_aug_strength=0.02)
@@ -211,30 +194,7 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
         kept["features"].append(video_features(detector, frames))
         kept["shown"].append(frames[numbers < SHOWN].cpu())
     cond = model.Cond(*map(torch.cat, zip(*conds)))
-    return Reference(cond=cond, **{name: torch.cat(parts) for name, parts in kept.items()})
-
-
-def displacement(frames, colours, sharpness=60.0):
-    """Pixels per frame that the shapes of toy clips move [n]. frames: uint8 [n f 3 H W]; colours: which
-    colours their shapes have [n p].
-
-    A shape's centre is a weighted mean of pixel positions. A pixel's weight falls with the angle in colour
-    space between pixel and shape, and grows with the fourth power of its saturation, because backgrounds are
-    paler than shapes.
-    """
-    palette = torch.tensor(COLOURS, device=frames.device)                                           # p 3
-    palette = F.normalize(palette - palette.mean(dim=1, keepdim=True), dim=1)
-    y, x = (torch.arange(side, device=frames.device).float() for side in frames.shape[-2:])
-    moved = []
-    for clip, present in zip(frames, colours):                              # one clip at a time saves memory
-        rgb = clip.float() - clip.float().mean(dim=1, keepdim=True)                                 # f 3 H W
-        along = torch.einsum("fchw,pc->pfhw", rgb, palette[present])
-        cosine = along / rgb.norm(dim=1).clamp(min=1)
-        weight = (along.clamp(min=0) / 64) ** 4 * (sharpness * (cosine - 1)).exp()                  # p f H W
-        total = weight.sum((2, 3)).clamp(min=1e-6)                                                  # p f
-        centre = torch.stack((weight.sum(2) @ x / total, weight.sum(3) @ y / total), dim=-1)        # p f 2
-        moved.append(centre.diff(dim=1).norm(dim=-1).mean())
-    return torch.stack(moved)
+    return Reference(cond=cond, scene=start, **{name: torch.cat(parts) for name, parts in kept.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -244,13 +204,15 @@ def displacement(frames, colours, sharpness=60.0):
 def parse_sampler(name, is_teacher, guidance):
     """A sampler's name -> (steps, network evaluations, draw(net, cond, generator=..) -> x0 [b f 4 h w]).
 
-    "8" is 8 steps: of the guided solver for a teacher, of consistency sampling for a student. "tts",
-    "tts printed" and "tts v1" are the readouts of the Time Travel Sampler. "1 cfg W" is one step of a student
-    with guidance W. guidance: of the teacher, on the first and last frame.
+    "8" is 8 steps: of the guided solver for a teacher, of consistency sampling for a student. Both use 8 of
+    the NUM_SIGMAS noise levels of training; "8 karras" uses a grid of 8 levels, as sampler.py does for a
+    teacher. "tts", "tts printed" and "tts v1" are the readouts of the Time Travel Sampler. "1 cfg W" is one
+    step of a student with guidance W. guidance: of the teacher, on the first and last frame.
     """
     word, *rest = name.split()
     steps = 1 if word == "tts" else int(word)
-    sigmas = strided(karras_sigmas(NUM_SIGMAS), 2 if word == "tts" else steps)
+    grid = karras_sigmas(steps if rest == ["karras"] else NUM_SIGMAS)
+    sigmas = strided(grid, 2 if word == "tts" else steps)
     if is_teacher or rest[:1] == ["cfg"]:
         w = guidance if is_teacher else float(rest[1])
         return steps, 2 * steps, partial(sampler.sample_teacher, sigmas=sigmas, guidance=w)
@@ -289,8 +251,14 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
     sharpness           of the last frame: mean absolute difference of neighbouring pixels, relative to real
     diversity           mean absolute difference of two seeds, pixels in [-1, 1], first quarter of the clips
     first_psnr          dB between the first frame and the input picture
-    motion, follows     toy world: pixels per frame that shapes move, relative to real clips, and its
-                        correlation with the motion bucket that was requested
+    motion, follows     toy world: how far shapes move per frame, relative to real clips, and the
+                        correlation of that with the motion bucket that was requested
+    bad, bad_interval   toy world: share of clips with a defect of shape, see toy/shapes.py, and half the
+                        width of its 95 % interval
+    parts, size, kind,  toy world: share of clips with this defect; astray, a defect of motion, is not
+    colour, astray      counted as bad
+    bad_clips           toy world: which clips are bad, as a hexadecimal number; clip i is bit i
+    intervals           of the figures above that have none beside them
 
     Frames are reduced to these figures batch by batch: 1,000 clips of SVD's size would take 25 GB.
     """
@@ -300,26 +268,42 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
         frames, spent = generate(numbers, seed)
         seconds += spent
         first, last = reference.ends[numbers].to(frames.device).unbind(1)                   # b 3 H W each
-        kept["features"].append(video_features(detector, frames))
-        kept["edges"].append(edges(frames[:, -1]))
-        kept["real_edges"].append(edges(last))
-        kept["first_error"].append((frames[:, 0].float() - first.float()).square().mean((1, 2, 3)))
+        found = {"features": video_features(detector, frames), "real_features": reference.features[numbers],
+                 "edges": edges(frames[:, -1]), "real_edges": edges(last),
+                 "first_error": (frames[:, 0].float() - first.float()).square().mean((1, 2, 3))}
         if numbers[0] < n / 4:
             again, _ = generate(numbers, seed + 1)
-            kept["diversity"].append((frames.float() - again.float()).abs().mean((1, 2, 3, 4)) / 127.5)
-        if reference.colours is not None:                                                   # toy world
-            kept["moved"].append(displacement(frames, reference.colours[numbers]))
+            found["diversity"] = (frames.float() - again.float()).abs().mean((1, 2, 3, 4)) / 127.5
+        if reference.scene is not None:                                                     # toy world
+            bucket = reference.cond.time_ids[numbers, 1].to(frames.device)                  # b
+            shapes = inspect(frames, reference.scenes(numbers, frames.device), bucket)
+            shapes["bad"] = torch.stack([shapes[name] for name in DEFECTS]).any(0)
+            found |= {name: x.float() for name, x in shapes.items()}
+            found |= {"bucket": bucket, "real_moved": reference.moved[numbers]}
+        for name, x in found.items():
+            kept[name].append(x)
         shown.append(frames[numbers < SHOWN].cpu())
-    kept = {name: torch.cat(parts) for name, parts in kept.items()}                         # n .. each
-    mean = {name: values.mean() for name, values in kept.items()}
-    figures = {"fvd": frechet_distance(reference.features, kept["features"]),
-               "interval": interval(reference.features, kept["features"]), "seconds": seconds / n,
+    values = {name: torch.cat(parts) for name, parts in kept.items()}                       # n .. each
+    figures, half = summary(values), intervals(summary, values)
+    if "bad" in values:
+        half |= {name: share_interval(figures[name], n) for name in ("bad", *DEFECTS, "astray")}
+        bad = sum(1 << i for i in values["bad"].nonzero()[:, 0].tolist())
+        figures |= {"bad_interval": half.pop("bad"), "bad_clips": f"{bad:x}"}
+    figures |= {"interval": half.pop("fvd"), "seconds": seconds / n, "intervals": half}
+    return torch.cat(shown), figures
+
+
+def summary(values):
+    """Values of single clips, {name: one row per clip} as `measure` collects them -> {figure: number}."""
+    mean = {name: x.mean() for name, x in values.items()}
+    figures = {"fvd": frechet_distance(values["real_features"], values["features"]),
                "sharpness": mean["edges"] / mean["real_edges"], "diversity": mean["diversity"],
                "first_psnr": 10 * (255 ** 2 / mean["first_error"]).log10()}
-    if "moved" in kept:
-        both = torch.stack((kept["moved"].cpu(), reference.cond.time_ids[:, 1]))
-        figures |= {"motion": mean["moved"] / reference.moved.mean(), "follows": torch.corrcoef(both)[0, 1]}
-    return torch.cat(shown), {name: float(value) for name, value in figures.items()}
+    if "bad" in values:
+        both = torch.stack((values["moved"], values["bucket"]))                             # 2 n
+        figures |= {"motion": mean["moved"] / mean["real_moved"], "follows": torch.corrcoef(both)[0, 1],
+                    **{name: mean[name] for name in ("bad", *DEFECTS, "astray")}}
+    return {name: float(value) for name, value in figures.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -358,7 +342,9 @@ class Report:
         self.shape = self.teacher.config["num_frames"], width, height
         self.protocol = {"detector": Path(detector).name, "detector_sha256": fingerprint(self.detector),
                          "data": args.data, "clips": args.num_clips, "frames": self.shape[0], "fps": data.FPS,
-                         "size": [*self.shape[1:]], "seed": args.seed, "guidance": args.guidance, **protocol}
+                         "size": [*self.shape[1:]], "seed": args.seed,
+                         "world": args.seed + UNSEEN if args.data == "toy" else None,
+                         "guidance": args.guidance, **protocol}
         print("protocol:", json.dumps(self.protocol))
         self.rows = self.earlier_rows() if args.resume and args.report and args.report.exists() else {}
         self.reference = open_reference(
@@ -392,15 +378,20 @@ class Report:
         net = self.load(model.load_unet, student) if student else self.teacher
         return steps, nfe, partial(generate_clips, draw, net, self.vae, self.reference)
 
-    def add(self, run, name, seed, steps, nfe, generate, pictured=True):
-        """Measures the row (run, name, seed) and writes the report: an interruption loses at most one row."""
+    def add(self, run, name, seed, steps, nfe, generate, pictured=True, **more):
+        """Measures the row (run, name, seed) and writes the report: an interruption loses at most one row.
+        more: further entries of the row."""
         clips, values = measure(generate, self.detector, self.reference, self.args.seed, self.args.batch_size)
         row = {"run": run, "sampler": name, "seed": seed, "steps": steps, "nfe": nfe}
-        self.rows[run, name, seed] = row | values
-        shown = "  ".join(f"{figure} {value:.3g}" for figure, value in values.items())
+        self.rows[run, name, seed] = row | values | more
+        shown = "  ".join(f"{figure} {x:.3g}" for figure, x in values.items() if isinstance(x, float))
         print(f"{run:24}{name:15}seed {seed}  NFE {nfe:3}  {shown}", flush=True)
         if pictured:
             self.shown.append(clips)
+        self.write()
+
+    def write(self):
+        """Writes the rows to --report, and their picture beside it."""
         if file := self.args.report:
             write_json(file, record(self.args) | {"protocol": self.protocol, "rows": [*self.rows.values()]})
             # (clip row) f 3 H W: one clip of all rows, then the next clip. At half size.
@@ -417,6 +408,41 @@ def record(args):
     return {"command": " ".join(["python", program, *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
             "torch": torch.__version__, "settings": json.loads(settings)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sensitivity
+
+def sensitivity(args):
+    """Measures real clips, a tenth of them damaged in each of the ways DAMAGES, and prints by how much each
+    figure moves, in units of its interval. All clips are other futures of the reference's first frames. The
+    damaged ones have two shapes. Raises ModelError."""
+    if args.data != "toy":
+        raise ModelError(f"sensitivity --data {args.data}: only clips of the toy world can be damaged")
+    report = Report(args)
+    (f, size, _), seed, device = report.shape, args.seed + UNSEEN, report.device
+    damaged = report.reference.scene.present.all(1).nonzero()[:max(1, args.num_clips // 10), 0].cpu()
+
+    def generate(numbers, future, name):
+        future = seed + 1 + 2 * future
+        frames = toy_clips(seed, numbers, f, size, device, motion_seed=future).frames
+        chosen = torch.isin(numbers, damaged)                                               # b
+        if name in DAMAGES and chosen.any():
+            start, indices = report.reference.scenes(numbers[chosen], device), numbers[chosen].to(device)
+            motion, other = (paths(start, seed, indices, f, future + i) for i in (0, 1))
+            frames[chosen.to(device)] = damages(start, motion, other, size)[name]
+        return to_bytes(frames), 0.0
+
+    for name in ("undamaged", *DAMAGES):
+        if ("real", name, 0) not in report.rows:
+            report.add("real", name, 0, 0, 0, partial(generate, name=name))
+    before, *rows = (report.rows["real", name, 0] for name in ("undamaged", *DAMAGES))
+    half = {"fvd": before["interval"], "bad": before["bad_interval"], **before["intervals"]}
+    print("moved by, in units of the interval:")
+    for row in rows:
+        row["moved_by"] = {name: (row[name] - before[name]) / half[name] for name in half if half[name]}
+        print(f"{row['sampler']:12}", *(f"{name} {x:+.1f}" for name, x in row["moved_by"].items()))
+    report.write()
 
 
 def report_flags(parser):
@@ -439,12 +465,12 @@ def report_flags(parser):
 
 def parse_args(argv=None):
     parser = engine.command_line("Measure the quality of generated videos.")
-    parser.add_argument("what", choices=["fvd"], help="fvd: all figures of one sampler")
+    parser.add_argument("what", choices=["fvd", "sensitivity"], help="figures of a sampler or of damage")
     report_flags(parser)
     parser.add_argument("--student", help="the student to measure (None: the teacher)")
     parser.add_argument("--sampler", default="1", help='how it samples: "25", "1", "tts", "1 cfg 1.5", ..')
     args = parser.parse_args(argv)
-    samplers = r"tts( printed| v1)?|[1-9]\d?( cfg \d\d?(\.\d+)?)?" if args.student else r"[1-9]\d?"
+    samplers = r"tts( printed| v1)?|[1-9]\d?( cfg \d\d?(\.\d+)?)?" if args.student else r"[1-9]\d?( karras)?"
     if not re.fullmatch(samplers, args.sampler):
         parser.error(f"--sampler {args.sampler}: must be 1 to 99 steps, or for a --student tts or 1 cfg W")
     return args
@@ -452,6 +478,8 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.what == "sensitivity":
+        return sensitivity(args)
     report = Report(args)
     row = args.student or "teacher", args.sampler, 0
     if row not in report.rows:

@@ -55,7 +55,8 @@ def test_interval_covers_what_other_draws_give(shared):
         return shared * picture + real, shared * picture + fake + 1
 
     distances = torch.tensor([evaluate.frechet_distance(*draw()) for _ in range(100)])
-    half = evaluate.interval(*draw(), rounds=200)
+    distance = lambda values: {"fvd": evaluate.frechet_distance(values["real"], values["fake"])}
+    half = evaluate.intervals(distance, dict(zip(("real", "fake"), draw())), rounds=200)["fvd"]
     assert half == pytest.approx(1.96 * distances.std().item(), rel=0.4)
 
 
@@ -80,19 +81,6 @@ def test_distance_grows_with_blur_noise_and_shuffling():
                   [shuffled(4), shuffled(14)]):
         distances = [distance(x) for x in worse]
         assert 0 < distances[0] and distances == sorted(distances), distances
-
-
-def test_displacement_follows_the_shapes():
-    clips = world.toy_clips(4, torch.arange(24))
-    colours = clips.attributes[:, :len(world.COLOURS)].bool()
-    moved = evaluate.displacement(evaluate.to_bytes(clips.frames), colours)
-    true = clips.centres.diff(dim=1).norm(dim=-1).mean(dim=1)                               # b n
-    true = (true * clips.present).sum(1) / clips.present.sum(1)
-    assert torch.corrcoef(torch.stack((moved, true)))[0, 1] > 0.99
-    alone = clips.present.sum(1) == 1
-    torch.testing.assert_close(moved[alone], true[alone], rtol=0.1, atol=0.1)
-    still = evaluate.to_bytes(clips.frames[:, :1].expand(-1, 14, -1, -1, -1))
-    assert evaluate.displacement(still, colours).max() < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +111,14 @@ def test_fvd_of_one_way_of_sampling(command, small, tmp_path):
     result = json.loads(report.read_text())
     assert result["protocol"] == json.loads(run.stdout.split("protocol: ")[1].splitlines()[0])
     assert set(result["protocol"]) == {
-        "detector", "detector_sha256", "data", "clips", "frames", "fps", "size", "seed", "guidance"}
+        "detector", "detector_sha256", "data", "clips", "frames", "fps", "size", "seed", "world", "guidance"}
+    assert result["protocol"]["world"] == evaluate.UNSEEN
     row, = result["rows"]
     assert row["nfe"] == 2 and row["steps"] == 1 and np.isfinite(
-        [row[key] for key in ("fvd", "interval", "sharpness", "diversity", "first_psnr", "motion")]).all()
+        [row[key] for key in ("fvd", "interval", "sharpness", "diversity", "first_psnr", "motion", "bad",
+                              "bad_interval")]).all()
+    assert row["bad"] == int(row["bad_clips"], 16).bit_count() / 4
+    assert row["bad"] >= max(row[name] for name in ("parts", "size", "kind", "colour"))
     assert report.with_suffix(".jpg").stat().st_size > 0
 
 
@@ -265,13 +257,14 @@ def test_real_clips_come_from_videos(small, tmp_path, monkeypatch):
     vae, image_encoder = model.load_vae(folder), model.load_image_encoder(folder)
     detector, device = evaluate.load_detector(folder / "i3d"), torch.device("cpu")
     reference = evaluate.open_reference(args, vae, image_encoder, detector, 4, 64, 64, device)
-    assert reference.colours is None and reference.moved is None
+    assert reference.moved is None and reference.scene is None
     assert torch.equal(reference.ends, rearrange(videos[:, [0, -1]], "b f h w c -> b f c h w"))
     assert reference.cond.time_ids[:, 1].eq(127).all()
     draw = evaluate.parse_sampler("1", False, None)[2]
     generate = partial(evaluate.generate_clips, draw, unet, vae, reference)
     _, figures = evaluate.measure(generate, detector, reference)
-    assert {"fvd", "sharpness", "diversity", "first_psnr"} <= figures.keys() and "motion" not in figures
+    assert {"fvd", "sharpness", "diversity", "first_psnr"} <= figures.keys()
+    assert not {"motion", "bad"} & figures.keys()
 
 
 def test_figures_do_not_depend_on_the_batch(small):
@@ -288,11 +281,10 @@ def test_figures_do_not_depend_on_the_batch(small):
         x, figures = evaluate.measure(generate, detector, reference, batch_size=batch_size)
         frames.append(x.float())
     assert (frames[0] - frames[1]).abs().max() <= 1                         # one unit of 8 bits: rounding
-    perfect = reference._replace(features=evaluate.video_features(detector, x), ends=x[:, [0, -1]],
-                                 moved=evaluate.displacement(x, reference.colours))
+    perfect = reference._replace(features=evaluate.video_features(detector, x), ends=x[:, [0, -1]])
     _, figures = evaluate.measure(generate, detector, perfect)
     assert figures["fvd"] == pytest.approx(0, abs=1e-3) and figures["sharpness"] == pytest.approx(1, abs=1e-3)
-    assert figures["first_psnr"] > 50 and figures["diversity"] > 0 and figures["motion"] == pytest.approx(1)
+    assert figures["first_psnr"] > 50 and figures["diversity"] > 0 and figures["motion"] >= 0
 
 
 def test_samplers_by_name(small):
@@ -304,7 +296,7 @@ def test_samplers_by_name(small):
     generators = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
     sigmas = solver.karras_sigmas(solver.NUM_SIGMAS)
     results = {}
-    for name in ("1", "4", "tts", "tts printed", "tts v1", "1 cfg 1.5", "8 teacher"):
+    for name in ("1", "4", "tts", "tts printed", "tts v1", "1 cfg 1.5", "8 teacher", "8 karras teacher"):
         calls.clear()
         steps, nfe, draw = evaluate.parse_sampler(
             name.removesuffix(" teacher"), "teacher" in name, (1.0, 3.0))
@@ -316,6 +308,8 @@ def test_samplers_by_name(small):
         results["tts"], sampler.sample(unet, cond, solver.strided(sigmas, 2), generators(), tts=True))
     torch.testing.assert_close(results["8 teacher"], sampler.sample_teacher(
         unet, cond, solver.strided(sigmas, 8), generators(), (1.0, 3.0)))
+    torch.testing.assert_close(results["8 karras teacher"], sampler.sample_teacher(
+        unet, cond, solver.karras_sigmas(8), generators(), (1.0, 3.0)))
     assert len({tuple(x.flatten()[:4].tolist()) for x in results.values()}) == len(results)
 
 
@@ -351,12 +345,17 @@ def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkey
         *(("quick", name, seed) for name in ("1", "tts") for seed in (0, 1))]
     assert events == 2 * ["trained"] + 6 * ["measured"]
     assert rows[0]["nfe"] == 0 and rows[2]["fvd"] != rows[3]["fvd"]
+    assert rows[2]["training_seconds"] is None and "training_seconds" not in rows[1]     # two jobs at a time
     assert len(list((tmp_path / "work").iterdir())) == 2
     earlier = json.loads(report.read_text())
     checkpoint.write_json(report, earlier | {"rows": rows[:-1]})
     capsys.readouterr()
     *same, last = table1("--num_clips", 3, "--resume")
     assert same == rows[:-1] and last["fvd"] == rows[-1]["fvd"]
+    stage, = {path.parent for path in (tmp_path / "work").glob("*/metrics.jsonl")
+              if f'"seed": {last["seed"]},' in next(path.parent.glob("checkpoint-*/state.json")).read_text()}
+    pace = [json.loads(line)["s_per_step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert last["training_seconds"] == pytest.approx(2 * np.median(pace))   # 2 steps, one job at a time
     said = capsys.readouterr().out
     assert said.count("NFE") == 1 and "train_stage" not in said             # both students exist
     with pytest.raises(ModelError, match=f"{report} has another protocol: clips was 3, is 4"):
@@ -365,9 +364,27 @@ def test_tables_train_what_is_missing_and_resume(small, python, tmp_path, monkey
     checkpoint.write_json(report, earlier | {"protocol": {}})
     with pytest.raises(ModelError, match=f"{report} has another protocol: detector was None, is i3d"):
         table1("--num_clips", 3, "--resume")
+    assert all(f"-{earlier['protocol']['sources']}-{earlier['protocol']['teacher_sha256']}" in path.name
+               for path in (tmp_path / "work").iterdir())
 
 
-@pytest.mark.parametrize("name", ["soon", "0", "100", "tts v3", "1 cfg", "2 1.5"])
+def test_fingerprints_change_with_the_code_and_the_teacher(small, tmp_path, monkeypatch):
+    """Not with a file that training does not run."""
+    for name in ("train_stage1.py", "support/engine.py", "toy/world.py", "toy/shapes.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    found = [tables.fingerprints(small[0])]
+    for name in ("toy/shapes.py", "toy/world.py", "support/engine.py"):
+        (tmp_path / name).write_text("2")
+        found.append(tables.fingerprints(small[0]))
+    sources = [row["sources"] for row in found]
+    assert sources[0] == sources[1] and len(set(sources)) == 3
+    other = tables.fingerprints(sampler.TOY)["teacher_sha256"]
+    assert other != found[0]["teacher_sha256"] and len(other) == 8
+
+
+@pytest.mark.parametrize("name", ["soon", "0", "100", "tts v3", "1 cfg", "2 1.5", "8 karras 8", "karras"])
 def test_unknown_samplers(name, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.parse_args(["fvd", "--sampler", name])
@@ -393,7 +410,8 @@ def test_a_covariance_needs_two_clips(capsys):
     assert evaluate.parse_args(["fvd", "--num_clips", "2"]).num_clips == 2
     a, b = torch.tensor([[0.0, 0], [2, 0]]), torch.tensor([[1.0, 3], [5, 3]])       # variances 2 and 8
     assert evaluate.frechet_distance(a, b) == pytest.approx(4 + 9 + (8 ** 0.5 - 2 ** 0.5) ** 2)
-    assert np.isfinite(evaluate.interval(a, b))
+    distance = lambda values: {"fvd": evaluate.frechet_distance(values["a"], values["b"])}
+    assert np.isfinite(evaluate.intervals(distance, {"a": a, "b": b})["fvd"])
 
 
 def test_tables_name_runs_and_samplers_that_exist():
@@ -441,23 +459,104 @@ def test_readme_tables_come_from_the_results(tmp_path):
     checkpoint.write_json(results / "table1.json", report | {"rows": rows})
     checkpoint.write_json(results / "table2.json", report | {"rows": [{**row, "sampler": "tts"}]})
     checkpoint.write_json(results / "student.json", report | {"rows": rows})
-    (tmp_path / "README.md").write_text("before\n<!-- table1 -->\nstale\n<!-- end -->\nafter\n"
+    moved = dict.fromkeys(("fvd", "bad", "astray", "sharpness", "motion"), 1.04) | {"follows": -7.96}
+    damaged = {**row, "run": "real", "sampler": "melt", "moved_by": moved}
+    checkpoint.write_json(results / "sensitivity.json", report | {"rows": [row, damaged]})
+    (tmp_path / "README.md").write_text("<!-- sensitivity -->\n<!-- end -->\n"
+                                        "before\n<!-- table1 -->\nstale\n<!-- end -->\nafter\n"
                                         "<!-- table2 -->\n<!-- end -->\n<!-- orderings -->\n<!-- end -->\n")
     readme.main(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n<!-- table1 -->\n|") and "stale" not in text and "clips 3" in text
+    assert "| melt | +1.0 | +1.0 | +1.0 | +1.0 | +1.0 | -8.0 |" in text
+    assert "before\n<!-- table1 -->\n|" in text and "stale" not in text and "clips 3" in text
     assert "\nafter\n<!-- table2 -->\n|" in text and "<!-- end -->\n<!-- orderings -->\n|" in text
-    assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
+    assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) |  | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
     for letter, paper in zip("abcdeh", 5 * [171.15] + [181.95]):        # the same row in each part
-        assert f"| {letter}: osv | tts | 1 | 40.0 (36.0 to 44.0) | {paper} | " in text
+        assert f"| {letter}: osv | tts | 1 | 40.0 (36.0 to 44.0) |  | {paper} | " in text
     for steps, fvd, verdict in ((1, "59.0 (55.0 to 63.0)", "yes"), (8, "31.0 (27.0 to 35.0)", "the reverse"),
                                 (2, "58.0 (54.0 to 62.0)", "not told apart")):
-        line = f"| one step beats {steps} of the teacher | 45.0 (36.0 to 54.0) | {fvd} | {verdict} |"
+        line = f"| one step beats {steps} of the teacher | 45.0 (36.0 to 54.0) | {fvd} | {verdict} |  |"
         assert line in text, text
     readme.main(tmp_path)
     assert (tmp_path / "README.md").read_text() == text                     # a second run changes nothing
     with Image.open(results / "table1_nfe.png") as picture:
         assert picture.size == (700, 420) and len(picture.convert("RGB").getcolors(100_000)) > 3
+
+
+def test_bad_clips_are_compared_clip_by_clip():
+    """64 clips; in the second row 8 more are bad. The difference of the shares is told apart, though their
+    own intervals overlap. A row of an older report has empty cells."""
+    row = {"seed": 0, "steps": 1, "nfe": 1, "fvd": 40.0, "interval": 4.0, "seconds": 0.01, "sharpness": 1.0,
+           "diversity": 0.1, "motion": 0.9, "first_psnr": 31.0}
+    half = evaluate.share_interval(0.5, 64)
+    bad = lambda bits: {"bad": bits / 64, "bad_interval": half, "bad_clips": f"{2 ** bits - 1:x}"}
+    rows = [{**row, "run": "osv", "sampler": "1", **bad(32)},
+            {**row, "run": "teacher", "sampler": "1", **bad(40)}, {**row, "run": "teacher", "sampler": "2"},
+            {**row, "run": "teacher", "sampler": "8", **bad(32)},
+            {**row, "run": "teacher", "sampler": "4", **bad(20)}]
+    lines = readme.orderings(rows, 64).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == [
+        "-12.5% ± 8.2%: yes", "", "+0.0% ± 0.0%: not told apart", "+18.8% ± 9.6%: the reverse"]
+    assert half == pytest.approx(0.119, abs=0.001)
+    report = {"protocol": {}, "command": "", "device": "", "date": "", "rows": rows}
+    table = readme.markdown(report, [("", "osv", "1", None), ("", "teacher", "2", None)]).splitlines()
+    assert "| 50.0% (38.1% to 61.9%) |" in table[2] and "(36.0 to 44.0) |  |" in table[3]
+
+
+def test_an_interval_of_no_bad_clips_is_not_empty():
+    """Wilson's interval: 0 of 40 clips still allow for a share of several percent; more clips for less."""
+    assert 0.03 < evaluate.share_interval(0, 40) < 0.06
+    assert evaluate.share_interval(0, 4000) < 0.001
+    assert evaluate.share_interval(0.5, 1024) == pytest.approx(1.96 * 0.5 / 32, rel=0.01)
+
+
+def test_evaluation_has_clips_and_noise_of_its_own(small, monkeypatch):
+    """Not the clips of sample sheets, and not the noise that samplers start from on the input picture."""
+    folder, _ = small
+    drawn, draw = [], sampler.draw_noise
+    spy = lambda shape, generators, device: drawn.append(
+        [generator.initial_seed() for generator in generators]) or draw(shape, generators, device)
+    monkeypatch.setattr(sampler, "draw_noise", spy)
+    args = evaluate.parse_args(["fvd", "--num_clips", "3", "--seed", "5"])
+    vae, image_encoder = model.load_vae(folder), model.load_image_encoder(folder)
+    reference = evaluate.open_reference(
+        args, vae, image_encoder, evaluate.load_detector(folder / "i3d"), 4, 64, 64, torch.device("cpu"))
+    real = evaluate.to_bytes(world.toy_clips(5 + evaluate.UNSEEN, range(3), 4, 64).frames)
+    assert torch.equal(reference.ends, real[:, [0, -1]])
+    assert evaluate.UNSEEN not in (0, data.HELD_OUT)
+    pictures, = drawn
+    _, _, draw_clips = evaluate.parse_sampler("1", False, None)
+    evaluate.generate_clips(draw_clips, model.load_unet(folder), vae, reference, torch.arange(3), 5)
+    assert len(drawn) == 2 and not {*pictures} & {*drawn[1]}
+    assert min(pictures) > (2 ** 40 + 1) * 1_000_003 + 10 ** 9              # the largest --seed, and any clip
+
+
+def test_each_damage_moves_a_figure(small, tmp_path, monkeypatch, capsys):
+    """By more than the figure's interval. 3 of 32 clips are damaged."""
+    report = tmp_path / "sensitivity.json"
+    words = ["sensitivity", "--num_clips", "32", "--width", "64", "--height", "64", "--batch_size", "8"]
+    args = evaluate.parse_args([*words, "--detector", str(small[0] / "i3d"), "--device", "cpu", "--report",
+                                str(report)])
+    evaluate.sensitivity(args)
+    undamaged, *rows = json.loads(report.read_text())["rows"]
+    assert undamaged["bad"] <= 0.05 and undamaged["astray"] == 0
+    assert [row["sampler"] for row in rows] == [*evaluate.DAMAGES]
+    moved = {row["sampler"]: {name for name, x in row["moved_by"].items() if abs(x) > 1} for row in rows}
+    assert all(moved.values()), moved
+    for name in ("kind", "squash", "melt", "split", "ghost", "drift"):
+        assert "bad" in moved[name], moved
+    assert {"astray", "follows"} <= moved["freeze"] and {"astray", "motion"} <= moved["jump"], moved
+    said = capsys.readouterr().out
+    assert "moved by, in units of the interval:\nkind " in said
+    args.resume = True
+    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured again"))
+    evaluate.sensitivity(args)
+    assert [undamaged, *rows] == json.loads(report.read_text())["rows"]
+
+
+def test_real_videos_cannot_be_damaged():
+    with pytest.raises(ModelError, match="--data videos: only clips of the toy world"):
+        evaluate.sensitivity(evaluate.parse_args(["sensitivity", "--data", "videos"]))
 
 
 def test_orderings_are_of_rows_that_the_tables_have():
@@ -487,8 +586,8 @@ GOOD = b'{"step": 1, "loss": 2}\n'
     (None, "plot.png", "no numbers in it"), (b"", "plot.png", "no numbers in it"),
     (b'{"step": 1, "loss": "2", "heads": [1], "far": NaN, "more": null}\n', "plot.png", "no numbers in it"),
     (b"[]\n7\n{}\n", "plot.png", "no numbers in it"), (GOOD, "metrics.jsonl", "would overwrite"),
-    (GOOD, "link.png", "would overwrite"), (GOOD, "plot.xyz", "plot.xyz: not the name of a picture"),
-    (GOOD, "plot", "plot: not the name of a picture"), (GOOD, "folder.png", "folder.png: cannot be written"),
+    (GOOD, "link.png", "would overwrite"), (GOOD, "plot.xyz", "plot.xyz: the name must end in"),
+    (GOOD, "plot", "plot: the name must end in"), (GOOD, "folder.png", "folder.png: cannot be written"),
     (GOOD, "metrics.jsonl/plot.png", "cannot be written")])
 def test_plots_that_cannot_be_drawn(log, out, complaint, tmp_path, monkeypatch):
     """The log and an earlier picture stay as they are."""

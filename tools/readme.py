@@ -2,11 +2,12 @@
 
     $ python -m tools.readme
 
-The tables of results/student.json, table1.json and table2.json replace the text between two marks in the
-README: <!-- student --> and <!-- end -->, likewise table1 and table2. The mark <!-- orderings --> gets a
+The tables of results/student.json, table1.json, table2.json and sensitivity.json replace the text between
+two marks in the README: <!-- student --> and <!-- end -->, and so on. The mark <!-- orderings --> gets a
 table of the paper's claims, and whether the toy world confirms them. The plot is results/table1_nfe.png.
 """
 import re
+import statistics
 from collections import defaultdict
 
 from evaluate import read_report
@@ -34,28 +35,55 @@ COLUMNS = {"seconds": ".3f", "sharpness": ".2f", "diversity": ".3f", "motion": "
 def over_seeds(rows):
     """The rows of a report, one per training seed -> {"run, sampler": row}. Its figures are means over the
     seeds; "low" and "high" are the lowest and highest end of their FVD intervals, "range" is FVD with both.
+    "bad_range" is the same for the share of bad clips; "masks" has a number per seed, whose bit i says
+    whether clip i is bad. Both are empty for rows of older reports.
     """
     groups, merged = defaultdict(list), {}
     for row in rows:
         groups[f"{row['run']}, {row['sampler']}"].append(row)
     for key, group in groups.items():
         mean = {name: sum(row[name] for row in group) / len(group) for name in ("fvd", *COLUMNS)}
-        low = min(row["fvd"] - row["interval"] for row in group)
-        high = max(row["fvd"] + row["interval"] for row in group)
-        merged[key] = {**group[0], **mean, "low": low, "high": high,
+        low, high = ends(group, "fvd", "interval")
+        merged[key] = {**group[0], **mean, "low": low, "high": high, "bad_range": "", "masks": [],
                        "range": f"{mean['fvd']:.1f} ({low:.1f} to {high:.1f})"}
+        if all("bad_clips" in row for row in group):
+            bad = statistics.mean(row["bad"] for row in group)
+            least, most = ends(group, "bad", "bad_interval")
+            merged[key] |= {"bad_range": f"{bad:.1%} ({max(least, 0):.1%} to {min(most, 1):.1%})",
+                            "masks": [int(row["bad_clips"], 16) for row in group]}
     return merged
+
+
+def ends(rows, figure, interval):
+    """The lowest and the highest end of a figure's intervals."""
+    return min(row[figure] - row[interval] for row in rows), max(row[figure] + row[interval] for row in rows)
+
+
+def verdict(low, high):
+    """Whether an interval of the difference "one minus other" says that the one has less."""
+    return "yes" if high < 0 else "the reverse" if low > 0 else "not told apart"
+
+
+def paired_difference(row, other, clips):
+    """By how much the share of bad clips is larger in one row of over_seeds than in another, with the 95 %
+    interval over the clips, which are the same, and the verdict; empty for rows of older reports."""
+    if not (row["masks"] and other["masks"]):
+        return ""
+    share = lambda masks, i: sum(mask >> i & 1 for mask in masks) / len(masks)
+    differences = [share(row["masks"], i) - share(other["masks"], i) for i in range(clips)]
+    mean, half = statistics.mean(differences), 1.96 * statistics.stdev(differences) / clips ** 0.5
+    return f"{mean:+.1%} ± {half:.1%}: {verdict(mean - half, mean + half)}"
 
 
 def markdown(report, table):
     """A report of tools/tables.py -> a Markdown table with a line for each measured row of `table`, and the
     protocol. table: (label in front of the run, run, sampler, the paper's FVD)."""
     rows = over_seeds(report["rows"])
-    lines = ["| | sampler | NFE | toy-FVD | paper's FVD | s per clip | sharpness | diversity | motion | "
-             "first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| | sampler | NFE | toy-FVD | bad clips | paper's FVD | s per clip | sharpness | diversity | "
+             "motion | first frame, dB |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for label, run, name, paper in table:
         if row := rows.get(f"{run}, {name}"):
-            cells = [label + run, name, row["nfe"], row["range"], paper or "",
+            cells = [label + run, name, row["nfe"], row["range"], row["bad_range"], paper or "",
                      *(f"{row[column]:{digits}}" for column, digits in COLUMNS.items())]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items())
@@ -65,18 +93,29 @@ def markdown(report, table):
         f"seeds {seeds}: mean, and from the lowest to the highest end of their 95 % intervals.\n")
 
 
-def orderings(rows):
+def orderings(rows, clips):
     """A Markdown table of ORDERINGS. A claim holds, or its reverse, if the intervals over all training seeds
-    do not overlap."""
+    do not overlap. For bad clips, both rows are compared clip by clip. clips: their number."""
     rows = over_seeds(rows)
-    lines = ["| the paper says | toy-FVD of the one | of the other | here |", "|---|--:|--:|---|"]
+    lines = ["| the paper says | toy-FVD of the one | of the other | here | difference of bad clips |",
+             "|---|--:|--:|---|---|"]
     for claim, name, other in ORDERINGS:
         better, worse = rows.get(f"osv, {name}"), rows.get(other)
         if better and worse:
-            verdict = ("yes" if better["high"] < worse["low"] else
-                       "the reverse" if worse["high"] < better["low"] else "not told apart")
-            lines.append(f"| {claim} | {better['range']} | {worse['range']} | {verdict} |")
+            here = verdict(better["low"] - worse["high"], better["high"] - worse["low"])
+            cells = claim, better["range"], worse["range"], here, paired_difference(better, worse, clips)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def sensitivity(report):
+    """A report of `evaluate.py sensitivity` -> a Markdown table: how far each damage moves each figure."""
+    figures = "fvd", "bad", "astray", "sharpness", "motion", "follows"
+    lines = [f"| damage | {' | '.join(figures)} |", "|---|" + "--:|" * len(figures)]
+    for row in report["rows"][1:]:                              # the first is undamaged
+        moved = [f"{row['moved_by'][figure]:+.1f}" for figure in figures]
+        lines.append(f"| {row['sampler']} | {' | '.join(moved)} |")
+    return "\n".join(lines) + f"\n\n`{report['command']}` on {report['device']}, {report['date']}.\n"
 
 
 def plot(rows, out):
@@ -106,7 +145,9 @@ def main(root=ROOT):
     types = {"nfe": int, **dict.fromkeys(("fvd", "interval", *COLUMNS), float)}
     reports = {name: read_report(root / "results" / f"{name}.json", **types) for name in tables}
     parts = {name: markdown(reports[name], table) for name, table in tables.items()}
-    parts["orderings"] = orderings(reports["table1"]["rows"] + reports["table2"]["rows"])
+    parts["sensitivity"] = sensitivity(read_report(root / "results" / "sensitivity.json"))
+    parts["orderings"] = orderings(reports["table1"]["rows"] + reports["table2"]["rows"],
+                                   reports["table1"]["protocol"]["clips"])
     plot(reports["table1"]["rows"], root / "results" / "table1_nfe.png")
     text = (root / "README.md").read_text()
     for name, part in parts.items():

@@ -7,6 +7,7 @@
 
     RUNS                        the training flags of each student
     SHIPPED, TABLE1, TABLE2     the rows of each table
+    fingerprints                of the sources and the teacher that students depend on
     trained                     trains a student, or finds it in --work
     measure_table               trains and measures all rows
 
@@ -14,6 +15,8 @@ Students train before the rows are measured: a training beside it would slow dow
 --jobs trains several students at the same time.
 """
 import hashlib
+import math
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,8 +24,8 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import data
-from evaluate import ROOT, Report, report_flags, to_bytes
+import model
+from evaluate import ROOT, UNSEEN, Report, fingerprint, report_flags, to_bytes
 from sampler import STUDENT
 from support import checkpoint, engine
 from toy.world import toy_clips
@@ -51,24 +54,41 @@ RUNS = {
 LOCKS = defaultdict(threading.Lock)         # one per folder: two runs may need the same stage 1
 
 
-def trained(run, seed, args):
-    """The folder of a run's UNet. Trains the stages that --work lacks. Raises ModelError."""
-    stage1 = "none"
+def fingerprints(path):
+    """What a student depends on besides its command: the first digits of the SHA-256 of the sources that
+    training runs, and of the teacher's weights at `path`."""
+    names = ("train_stage*.py", "model.py", "lora.py", "solver.py", "losses.py", "discriminator.py",
+             "data.py", "support/*.py", "toy/world.py")
+    sources = b"".join(file.read_bytes() for name in names for file in sorted(ROOT.glob(name)))
+    return {"sources": hashlib.sha256(sources).hexdigest()[:8],
+            "teacher_sha256": fingerprint(model.load_unet(path))[:8]}
+
+
+def trained(run, seed, args, protocol):
+    """The folder of a run's UNet, and the seconds that its stages trained. Trains the stages that --work
+    lacks. The seconds are None if several trainings shared the GPU. Raises ModelError."""
+    stage1, seconds = "none", 0.0
     for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
         if flags is None:
             continue
         command = [f"train_stage{stage}.py", "--model", args.model, "--seed", str(seed), *budget.split(),
                    *flags.split(), *(["--stage1", stage1] if stage == 2 else [])]   # the last --stage1 counts
-        # The folder is named after the command, so that runs with the same stage 1 share it.
-        folder = args.work / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+        # The folder is named after the command, so that runs with the same stage 1 share it, and after the
+        # fingerprints, so that a student of older code or of another teacher is not taken for this one.
+        name = hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+        folder = args.work / "-".join([name, protocol["sources"], protocol["teacher_sha256"]])
         with LOCKS[folder]:
             if not (folder / "merged" / "config.json").exists():
                 command += ["--device", str(args.device), "--output_dir", str(folder)]
                 print(*command, flush=True)
                 if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
                     raise checkpoint.ModelError(f"{run}: the training failed, see its message above")
+        lines = checkpoint.read_lines(folder / "metrics.jsonl", s_per_step=float)
+        steps = [int(path.name[-7:]) for path in folder.glob(checkpoint.CHECKPOINTS)]
+        seconds += max(steps, default=math.nan) * statistics.median(
+            [line["s_per_step"] for line in lines] or [math.nan])
         stage1 = str(folder)
-    return folder / "merged"
+    return folder / "merged", seconds if args.jobs == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -81,7 +101,11 @@ FLOOR = ("real", "other futures", None)
 TEACHER = [("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "4", None),
            ("teacher", "2", 1015.25), ("teacher", "1", 1177.34)]
 ONE, TTS, TWO = ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)
-SHIPPED = [FLOOR, *TEACHER, *(("shipped", *row[1:]) for row in (ONE, TTS, TWO)),
+# "8" is a strided part of the noise levels of training, as for a student; "8 karras" is a grid of its own.
+# The strided grid is as good or better, and therefore used for comparisons: toy-FVD of 1,024 clips on one
+# H100 is 16.4 strided and 17.4 Karras in 8 steps, 32.3 and 36.3 in 4, and 14.9 with both in 25.
+SHIPPED = [FLOOR, *TEACHER, ("teacher", "8 karras", None), ("teacher", "4 karras", None),
+           *(("shipped", *row[1:]) for row in (ONE, TTS, TWO)),
            ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
 TABLE1 = [FLOOR, *TEACHER, ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
           ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ONE, TTS, TWO]
@@ -101,6 +125,7 @@ PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped 
 
 def measure_table(table, args, protocol):
     """Measures each row of a table, those of RUNS once for each of --seeds. Raises ModelError."""
+    protocol = protocol | fingerprints(args.model)
     report = Report(args, **protocol)
     # A row that stands in a table several times is measured once.
     rows = dict.fromkeys((run, name, seed) for run, name, _ in table
@@ -108,18 +133,19 @@ def measure_table(table, args, protocol):
     rows = [row for row in rows if row not in report.rows]
     runs = list(dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS))
     with ThreadPoolExecutor(args.jobs) as pool:
-        students = dict(zip(runs, pool.map(lambda run: trained(*run, args), runs)))
-    world_seed, (f, _, size) = args.seed + data.HELD_OUT, report.shape
+        students = dict(zip(runs, pool.map(lambda run: trained(*run, args, protocol), runs)))
+    world_seed, (f, _, size) = args.seed + UNSEEN, report.shape
 
     def other_futures(numbers, seed):
         clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
         return to_bytes(clips.frames), 0
 
     for run, name, seed in rows:
-        student = STUDENT if run == "shipped" else students.get((run, seed))
+        student, seconds = students.get((run, seed), (STUDENT if run == "shipped" else None, None))
         sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
         pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
-        report.add(run, name, seed, *sampler, pictured=pictured)
+        more = {"training_seconds": seconds} if run in RUNS else {}
+        report.add(run, name, seed, *sampler, pictured=pictured, **more)
 
 
 def main():

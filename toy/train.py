@@ -388,7 +388,8 @@ def report():
                                  "--seed", str(args.seed), "--num_clips", str(num)])
     loaded = evaluate.Report(flags)
     unet, vae, detector = loaded.teacher, loaded.vae, loaded.detector
-    real = clips(held_out, 0, num)
+    world_seed = args.seed + evaluate.UNSEEN                    # the world of the clips in `reference`
+    real = clips(world_seed, 0, num)
     x0 = vae.encode(real.frames.flatten(0, 1)) * vae.config["scaling_factor"]               # (b f) 4 h w
     decoded = sampler.decode(vae, x0.unflatten(0, (num, -1)))                               # b f 3 H W
     # Sharpness is measured relative to decoded clips: no sample is sharper than what the VAE can show.
@@ -401,7 +402,7 @@ def report():
     scene, motion = map(f1, *(x.tensor_split([NUM_STATIC], 1) for x in (reference.features, real.attributes)))
     results = {"clips": num, "vae_psnr": psnr(decoded, real.frames), "fvd_reconstructed": fvd(decoded),
                "scaling_factor": vae.config["scaling_factor"], "i3d_f1": {"scene": scene, "motion": motion},
-               "fvd_real": fvd(clips(held_out, num, num).frames), "teacher": []}
+               "fvd_real": fvd(clips(world_seed, num, num).frames), "teacher": []}
     save("reconstructions", [real.frames[:6], decoded[:6]])
 
     rows = [decoded[:4]]                    # of each clip: real, three futures in 25 steps, one in 1 step
