@@ -26,7 +26,8 @@ torch.set_num_threads(1)                               # the variable comes late
 def pytest_collection_modifyitems(items):
     """The files that take longest run first: with `-n` a file's tests stay on one worker, and a long file at
     the end would leave the other workers idle."""
-    long = ["test_training", "test_kernels", "test_commands", "test_toy", "test_discriminator", "test_video"]
+    long = ["test_training", "test_kernels", "test_commands", "test_evaluate", "test_toy", "test_video",
+            "test_exercise_mutations", "test_grade", "test_shapes", "test_discriminator"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
@@ -37,6 +38,13 @@ def pytest_collection_finish():
 
 def pytest_sessionfinish():
     gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Students who forget OSV_IMPL would take the repository's points for their own."""
+    if "test_exercises" in sys.modules and not os.environ.get("OSV_IMPL"):
+        terminalreporter.write_line("tests/test_exercises.py graded the repository's own functions; "
+                                    "`python exercises/grade.py` grades yours")
 
 
 @pytest.fixture(autouse=True)

@@ -155,6 +155,7 @@ LEFT_OUT = {
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
     "python -m tools.tables student --report ...": "a GPU, and minutes",
+    "python evaluate.py sensitivity --num_clips 768 ...": "a GPU; tests/test_evaluate.py has a small one",
     "python -m tools.tables table1 --report results/table1.json":
         "a GPU; tests/test_evaluate.py has a small one",
     "python -m tools.tables table2 --report results/table2.json": "the same",

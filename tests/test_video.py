@@ -768,18 +768,29 @@ def test_latents_of_videos(folder, nets):
     torch.testing.assert_close(x0[2], wanted, rtol=1e-2, atol=1e-2)
 
 
+UNET = {"block_out_channels": [32, 32], "cross_attention_dim": 24, "in_channels": 8}
+
+
+def test_data_of_another_model_is_refused(tmp_path, folder, nets):
+    """Its image embeddings have another length than those that the UNet was trained with."""
+    args = flags(folder, workers=1, output_dir=tmp_path, batch_size=1)
+    unet = SimpleNamespace(config=UNET | {"sample_size": 16, "num_frames": 4, "cross_attention_dim": 1024})
+    with pytest.raises(ModelError, match=r"channels \[24, 8\], the UNet takes \[1024, 8\]"):
+        data.open_training_data(args, *nets, unet, 1, 0)
+
+
 def test_default_size_of_training_clips(tmp_path, monkeypatch):
     """Without --width and --height, clips have the size that the UNet was trained for: SVD's is 1024x576."""
     sizes = []
 
     def open_data(args, *nets, **options):
         sizes.append((args.width, args.height))
-        return SimpleNamespace(take=lambda numbers: None)
+        x0 = torch.zeros(4, 14, 4, 1, 1)
+        return SimpleNamespace(take=lambda numbers: (x0, model.Cond(torch.zeros(4, 1, 24), x0, None)))
     monkeypatch.setattr(data, "open_data", open_data)
     args = {"output_dir": tmp_path, "seed": 0, "batch_size": 1, "height": None, "data": "toy"}
     for sample_size, width in ((96, None), (16, None), (96, 512)):
-        config = {"sample_size": sample_size, "num_frames": 14, "block_out_channels": [1] * 4}
-        unet = SimpleNamespace(config=config)
+        unet = SimpleNamespace(config=UNET | {"sample_size": sample_size, "num_frames": 14})
         data.open_training_data(SimpleNamespace(**args, width=width), None, None, unet, 1, 0)
     assert sizes[::2] == sizes[1::2] == [(1024, 576), (128, 128), (512, 576)]       # training, validation
 
@@ -792,7 +803,7 @@ def test_validation_clips_share_the_decoders_of_training(tmp_path, folder, nets,
         original(self, *arguments, **options)
     monkeypatch.setattr(data.Clips, "__init__", count)
     args = flags(folder, workers=2, output_dir=tmp_path, batch_size=1)
-    unet = SimpleNamespace(config={"sample_size": 16, "num_frames": 4, "block_out_channels": [32, 32]})
+    unet = SimpleNamespace(config=UNET | {"sample_size": 16, "num_frames": 4})
     latents, (x0, cond) = data.open_training_data(args, *nets, unet, 1, 0)
     assert len(opened) == 1 and x0.shape == (4, 4, 4, H // 8, W // 8) and cond.time_ids.shape == (4, 3)
     numbers = data.HELD_OUT * 720_720 + torch.arange(4)
@@ -824,6 +835,9 @@ def run(monkeypatch, *arguments):
     except Exception:
         sys.excepthook(*sys.exc_info())
         raise
+    finally:                                                        # as the end of a process would
+        while checkpoint.LOCKS:
+            checkpoint.LOCKS.pop().close()
 
 
 SIZE = ("--num_frames", 4, "--width", W, "--height", H, "--workers", 1)
@@ -948,7 +962,7 @@ def test_a_checksum_left_by_a_killed_writer_is_made_again(shards, folder, pipeli
     run(monkeypatch, "encode", folder, "--out", shards, "--model", pipeline_folder, "--shard_size", 2,
         "--num_clips", 7, *SIZE)
     assert file.read_bytes() == before and (shards / "index.json").read_bytes() == index
-    assert not list(shards.glob(".*"))
+    assert not list(shards.glob(".*.part"))
     run(monkeypatch, "check", shards)
 
 
