@@ -1,7 +1,7 @@
 """The capstone: your functions train a one-step video model. Toy world, CPU, 15 to 20 minutes.
 
     $ python exercises/capstone.py
-    $ python exercises/capstone.py --stage1_steps 2 --stage2_steps 2 --num_clips 8      # to see it run
+    $ python exercises/capstone.py --stage1_steps 1 --stage2_steps 1 --num_clips 2 --train_clips 4
 
 It grades the exercises, replaces the library's functions by those that pass, runs train_stage1.py and
 train_stage2.py unchanged, and measures the one-step videos of each stage on held-out pictures: toy-FVD
@@ -33,8 +33,9 @@ from toy.world import toy_clips
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "reference.json"
-FLAGS = ("--preset toy_cpu --device cpu --mixed_precision no --num_clips 64 --resume_from_checkpoint none "
-         "--validation_steps 1000000 --checkpointing_steps 1000000 --log_steps 5").split()
+FLAGS = ("--preset toy_cpu --device cpu --mixed_precision no --resume_from_checkpoint none "
+         "--validation_steps 1000000 --validation_teacher_steps 1 --checkpointing_steps 1000000 "
+         "--log_steps 5").split()
 
 parser = argparse.ArgumentParser(description="Train with your own functions.", allow_abbrev=False,
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -44,6 +45,7 @@ flag("--answers", type=Path, default=HERE, help="folder of ex*.py")
 flag("--stage1_steps", type=int, default=90, help="training steps of stage 1")
 flag("--stage2_steps", type=int, default=12, help="training steps of stage 2")
 flag("--num_clips", type=int, default=32, help="held-out clips that toy-FVD is measured on")
+flag("--train_clips", type=int, default=64, help="clips to train on")
 flag("--model", type=Path, default=sampler.TOY, help="pipeline folder of the toy world")
 flag("--output_dir", type=Path, default="out/capstone", help="everything is written here")
 flag("--reference", action="store_true",
@@ -119,9 +121,10 @@ def measure(name, net, k=1, tts=False, draw=sampler.sample):
 def train(script, steps, *flags):
     """Runs a script of the repository in this process, so that it imports the replaced functions."""
     folder, began = args.output_dir / Path(script).stem.removeprefix("train_"), time.perf_counter()
-    sys.argv = [script, *FLAGS, "--model", str(args.model), "--max_train_steps", str(steps),
-                "--output_dir", str(folder), *flags]
-    runpy.run_path(str(plug.ROOT / script), run_name="__main__")
+    sys.argv = [script, *FLAGS, "--num_clips", str(args.train_clips), "--model", str(args.model),
+                "--max_train_steps", str(steps), "--output_dir", str(folder), *flags]
+    if runpy.run_path(str(plug.ROOT / script), run_name="__main__")["run"].stopped:
+        sys.exit(f"capstone.py: {script} was stopped by SIGTERM; run the same command again to start over")
     seconds[script] = time.perf_counter() - began
     return folder
 
@@ -143,8 +146,9 @@ if args.reference:
 
 # ---- Compare with the reference -------------------------------------------------------------------------
 
-settings = {name: getattr(args, name) for name in ("num_clips", "stage1_steps", "stage2_steps")} \
-    | {"teacher": evaluate.fingerprint(teacher)}
+settings = {name: getattr(args, name)
+            for name in ("num_clips", "train_clips", "stage1_steps", "stage2_steps")}
+settings["teacher"] = evaluate.fingerprint(teacher)
 found = {"date": time.strftime("%Y-%m-%d"), "settings": settings, "yours": passed, "rows": rows}
 write_json(args.output_dir / "capstone.json", found)
 if args.reference:

@@ -1,16 +1,25 @@
-"""Exercise 2: EDM preconditioning.                           difficulty 1 of 5, 15 minutes, about 4 lines
+"""Exercise 2: EDM preconditioning.                           difficulty 1 of 5, 25 minutes, about 8 lines
 
-The network sees c_in x and is told c_noise; its raw output F becomes f = c_skip x + c_out F. The four are
-fixed by what one wants: c_in x has unit variance when the data has; SVD was trained to say
-F = v = (noise - sigma x0) / sqrt(sigma^2 + 1), and then f must be x0 (so solve for c_skip and c_out, with
-x = x0 + sigma noise); c_noise = ln(sigma) / 4. EDM Table 1 with sigma_data = 1; OSV Eq. 4.
+A noisy latent is x = x0 + sigma noise; noise has unit variance. The network sees c_in x and c_noise. Its raw
+output F gives the estimate f = c_skip x + c_out F of x0. Four conditions determine the four scalings:
 
-sigma is a number or a tensor of any shape and any precision -> four fp32 tensors of that shape. c_noise must
-stay finite at sigma = 0. Mirrors solver.py.
+1. c_in x has unit variance.
+2. The raw output that makes f = x0 (the network's target) has unit variance.
+3. |c_out| is as small as 2 permits, because c_out multiplies the network's error.
+4. For data of unit variance the target is SVD's v = (noise - sigma x0) / sqrt(sigma^2 + 1).
+
+skip_and_out: derive c_skip and c_out from 2 to 4 for data of std sigma_data; two numbers from two numbers.
+precondition: all four, for sigma_data = 1. sigma: a number or a tensor of any shape and precision -> four
+fp32 tensors of that shape. c_noise = ln(sigma) / 4, finite also at sigma = 0. Mirrors solver.py.
+Read before: EDM section 5 to Eq. 8, not Table 1. Afterwards: EDM Appendix B.6, the same derivation.
 """
 import torch  # noqa: F401
 
 from solver import Precondition  # noqa: F401
+
+
+def skip_and_out(sigma, sigma_data):
+    raise NotImplementedError                       # return c_skip, c_out
 
 
 def precondition(sigma):

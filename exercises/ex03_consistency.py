@@ -2,11 +2,15 @@
 
     f(x_t, sigma) = c_skip x_t + c_out F(c_in x_t; c_noise, cond)               OSV Eq. 4
 
-and f(x, 0) = x exactly, whatever F says. The network is called net(inputs, c_noise, image_embeds, time_ids):
-    inputs          b f 2c h w      the scaled noisy latent, then the condition latent as it is
-    c_noise         b               one number per clip
-x_t [b f c h w], sigma a number or [b] -> x0_pred [b f c h w], fp32. solver.per_clip shapes sigma; use
-solver.precondition, so that in the capstone it is yours. Mirrors solver.py.
+The boundary condition is f(x, 0) = x, exactly, for every network. The network is a function
+net(inputs, c_noise, image_embeds, time_ids) -> F [b f c h w]:
+
+    inputs          b f 2c h w      the scaled noisy latent, then cond.image_latents, not scaled
+    c_noise         b               one number for each clip
+
+x_t [b f c h w]; sigma is a number or [b] -> f [b f c h w], fp32, also for bf16 inputs. solver.per_clip
+gives sigma the shape b 1 1 1 1. Use solver.precondition: in the capstone it is yours. Mirrors solver.py.
+Read before: OSV Eqs. 2 to 4; model.py, class Cond.
 """
 import torch  # noqa: F401
 

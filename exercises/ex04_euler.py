@@ -1,13 +1,16 @@
-"""Exercise 4: one guided Euler step.                      difficulty 2 of 5, 25 minutes, about 7 lines
+"""Exercise 4: one guided Euler step.                         difficulty 2 of 5, 25 minutes, about 7 lines
 
-    dx / dsigma = (x - denoised) / sigma                        EDM Eq. 3; one step from sigma_t to sigma_s:
-    x_s = x_t + (sigma_s - sigma_t) (x_t - denoised) / sigma_t
-    denoised = f_uncond + w (f_cond - f_uncond)                 guidance, OSV section 4.2
+The ODE from noise to data is dx / dsigma = (x - denoised) / sigma (EDM Eq. 3), where `denoised` is f at x.
 
-x_t, denoised [b f c h w]; each sigma a number or [b] (solver.per_clip); a step to 0 returns `denoised`.
-guidance w: None (conditional only, one clip in the batch for each of x_t), a number, or broadcastable to
-b f 1 1 1. model.unconditional(cond) is the condition without its image. Use solver.consistency, once on a
-doubled batch or twice. Mirrors solver.py.
+euler_step: one Euler step from sigma_t to sigma_s. Derive it, then rewrite it as a weighted mean of x_t and
+denoised: in that form a step from 700 to 0 returns exactly `denoised`, because no large numbers cancel.
+x_t, denoised [b f c h w]; each sigma a number or [b] (solver.per_clip) -> x_s [b f c h w], fp32.
+
+guided: an estimate f(w) that is linear in the guidance w, with f(0) the estimate without the image and f(1)
+the one with it; w above 1 extrapolates (OSV section 4.2). w: a number, or a tensor that broadcasts to
+b f 1 1 1. None: f(1) from one evaluation for each clip, at half the cost. model.unconditional(cond) is the
+condition without its image. Use solver.consistency, on a doubled batch or twice. Mirrors solver.py.
+Read before: EDM section 2 to Eq. 3; OSV section 4.2.
 """
 import solver  # noqa: F401
 from model import Cond, unconditional  # noqa: F401

@@ -1,10 +1,13 @@
 """Exercise 5: m steps of the teacher.                        difficulty 2 of 5, 20 minutes, about 5 lines
 
-    x_s = Euler(Euler(... x_t ...)), from sigmas[0] to sigmas[-1] in len(sigmas) - 1 guided steps   OSV Eq. 8
+OSV Eq. 8: the teacher takes m guided Euler steps, from sigmas[0] to sigmas[m]. Each step starts at the point
+where the step before it ended.
 
-sigmas [m + 1], or [m + 1, b] with a grid per clip. A grid may be padded with zeros: a step that starts at
-sigma 0 leaves x as it is (and makes no NaN). No gradients: the teacher never trains. Use solver.guided and
-solver.euler_step. progress wraps the loop's iterable (a progress bar). Mirrors solver.py.
+sigmas [m + 1], or [m + 1, b] with a grid for each clip. A grid may end in several zeros: a step that starts
+at sigma = 0 leaves x unchanged, without NaN. The teacher never trains, so nothing here has a gradient. Use
+solver.guided and solver.euler_step. `progress` wraps the iterable of the loop (a progress bar).
+x_t [b f c h w] -> x_s [b f c h w], fp32. Mirrors solver.py.
+Read before: OSV section 4.2, Eq. 8.
 """
 import torch
 

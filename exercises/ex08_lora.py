@@ -2,10 +2,14 @@
 
     y = W x + b + alpha / rank * B A x,    A [rank in], B [out rank]            LoRA, arXiv 2106.09685
 
-lora_A, lora_B: fp32 nn.Linear without bias. B starts at 0, so training starts at the layer replaced; A must
-not (why?): normal, std 1 / rank. `active` False: no update. On bf16 layers the update has the precision of x.
-merge_lora: each layer of lora.lora_layers(unet), {path: layer}, becomes (unet.set_submodule(path, linear)) an
-nn.Linear with weight W + scale times the update, in W's precision; W stays as it is. Mirrors lora.py.
+LoRALinear shares the Parameters W and b of `layer`. lora_A and lora_B are fp32 nn.Linear layers without
+bias. B starts at 0, so the output is unchanged at first. A starts normal with std 1 / rank; if it started at
+0 too, nothing would train (why?). With active = False there is no update. On a bf16 layer the output has the
+precision of x.
+
+merge_lora: each layer of lora.lora_layers(unet), a dict {path: layer}, becomes an nn.Linear with the weight
+W + scale * update in W's precision (unet.set_submodule(path, linear)). W itself is not changed. Returns unet.
+Mirrors lora.py. Read before: arXiv 2106.09685, section 4.1.
 """
 import torch
 from torch import nn
@@ -13,8 +17,8 @@ from torch import nn
 
 class LoRALinear(nn.Linear):
     def __init__(self, layer, rank, alpha):
-        nn.Module.__init__(self)                    # not nn.Linear's: W and b are shared, not made anew
-        raise NotImplementedError                   # and in_features, out_features, rank, alpha, active
+        nn.Module.__init__(self)                    # nn.Linear's would allocate a second W and b
+        raise NotImplementedError                   # also in_features, out_features, rank, alpha, active
 
     def forward(self, x):
         raise NotImplementedError
@@ -22,4 +26,4 @@ class LoRALinear(nn.Linear):
 
 @torch.no_grad()
 def merge_lora(unet, scale=1):
-    raise NotImplementedError                       # returns unet
+    raise NotImplementedError

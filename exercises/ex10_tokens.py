@@ -1,11 +1,16 @@
 """Exercise 10: latents to tokens to a temporal head.         difficulty 4 of 5, 45 minutes, about 12 lines
 
-Features: latents b f c h w -> self.to_rgb: (b f) 3 h w -> upsample_normalize(x, size, mean, std) with size
-self.size_for(h, w) -> self.backbone(pixel_values=..., output_hidden_states=True).hidden_states[depth], each
-n (1 + patches) d: CLS, then patches row by row, each self.patch pixels wide -> for the depths self.levels a
-map n d h' w', CLS added to each patch. Latents are in [-1, 1]; the backbone wants
-((x + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD. Head: maps (b f) c h w -> the history of each place
-(b h w) c 1 f -> super().forward, n c 1 f to n 1 1 f -> b (f h w). OSV Fig. 4. Mirrors discriminator.py.
+DinoFeatures.forward: latents [b f c h w] -> a list of maps [(b f) d h' w'], one per depth in self.levels.
+1. Frames become a batch, (b f) c h w; self.to_rgb maps them to 3 channels.
+2. discriminator.upsample_normalize(x, size, mean, std) resizes to self.size_for(h, w) and normalises. The
+   latents are in [-1, 1]; IMAGENET_MEAN and IMAGENET_STD are those of pixels in [0, 1]: convert them.
+3. self.backbone(pixel_values=..., output_hidden_states=True).hidden_states[depth] is n (1 + patches) d: the
+   CLS token, then the patches row by row. A patch is self.patch pixels wide.
+4. The patches become a map n d h' w'; the CLS token is added to each patch.
+
+TemporalHead.forward: maps [(b f) c h w] -> the history of each place, (b h w) c 1 f -> super().forward, which
+maps n c 1 f to n 1 1 f -> logits [b (f h w)]. OSV Fig. 4. Mirrors discriminator.py.
+Read before: OSV section 4.1, Figs. 3 and 4; the first page of einops.rocks.
 """
 import discriminator
 

@@ -26,8 +26,8 @@ torch.set_num_threads(1)                               # the variable comes late
 def pytest_collection_modifyitems(items):
     """The files that take longest run first: with `-n` a file's tests stay on one worker, and a long file at
     the end would leave the other workers idle."""
-    long = ["test_training", "test_kernels", "test_commands", "test_evaluate", "test_toy", "test_video",
-            "test_exercise_mutations", "test_grade", "test_shapes", "test_discriminator"]
+    long = ["test_training", "test_kernels", "test_commands", "test_evaluate", "test_grade", "test_video",
+            "test_exercise_mutations", "test_toy", "test_discriminator"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 

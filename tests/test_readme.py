@@ -12,7 +12,7 @@ from itertools import chain
 import pytest
 from conftest import ROOT
 
-PAGES = ["README.md", "exercises/README.md", "LOG.md", "assets/model_card.md"]
+PAGES = ["README.md", "exercises/README.md", "exercises/INSTRUCTORS.md", "LOG.md", "assets/model_card.md"]
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.py", "*/*.py")
                  for path in ROOT.glob(pattern) if not path.name.startswith("out_"))
 FOLDERS = ["support", "toy", "tools"]                           # of our modules, besides the top level
