@@ -323,9 +323,10 @@ class ShardLatents:
         rows, n = [], self.index["num_clips"]
         for epoch, position in (divmod(number, n) for number in numbers.tolist()):
             shard, row = divmod(shuffled(self.seed, epoch, n)[position].item(), self.index["shard_size"])
-            rows.append([x[row:row + 1].to(self.device) for x in self.shards[shard]])
-            if not all(x.isfinite().all() for x in rows[-1]):
+            clip = [x[row:row + 1] for x in self.shards[shard]]         # on the CPU: no wait for the GPU
+            if not all(x.isfinite().all() for x in clip):
                 raise ModelError(f"{list(self.index['shards'])[shard]}: NaN or infinity in clip {row} of it")
+            rows.append([x.to(self.device) for x in clip])
         return concatenate(rows).take(torch.arange(len(rows)))
 
 

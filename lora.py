@@ -248,12 +248,18 @@ def load_student(path, unet, variant=None):
     """The distilled UNet at `path`, in the dtype and on the device of `unet`, the UNet of its teacher.
 
     path: a UNet (folder, hub id, or a file with diffusers' keys), or a LoRA (folder or file), which is merged
-    into `unet`. variant: weights to read, if the UNet at `path` has such files. Raises ModelError.
+    into `unet`. variant: weights to read, if the UNet at `path` has such files. Raises ModelError, also for a
+    UNet that takes other inputs than its teacher.
     """
     file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
     if not file.is_file():
         found = any(checkpoint.find_folder(path, "unet", variant, None).glob(f"*.{variant}*.safetensors"))
-        return load_unet(path, variant=variant if found else None, dtype=dtype, device=device)
+        student = load_unet(path, variant=variant if found else None, dtype=dtype, device=device)
+        for key in ("in_channels", "cross_attention_dim", "addition_time_embed_dim"):
+            if student.config[key] != unet.config[key]:
+                raise ModelError(f"{path}: its {key} is {student.config[key]}, that of --model is "
+                                 f"{unet.config[key]}: does it belong to another --model?")
+        return student
     if any(".lora" in key for key, _ in read_safetensors([file])):
         return merge_lora(load_lora(unet, file))
     return load_weights(unet, [file], file, dtype, device)

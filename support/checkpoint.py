@@ -465,8 +465,8 @@ LOCKS = []                                          # open files: the system unl
 
 
 def lock(folder):
-    """Makes this process the only one that works in `folder`, until it ends in whatever way. Raises
-    ModelError if another process has the lock, and names that process."""
+    """Locks `folder` for this process until it ends; the system also removes the lock of a killed process.
+    Raises ModelError if another process has the lock, and names that process."""
     file = open(folder / ".lock", "a+")
     with suppress(ImportError):                                         # Windows has no fcntl module
         import fcntl

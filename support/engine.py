@@ -65,10 +65,11 @@ def start_world(device=None):
     """The process group that torchrun's environment variables describe, or this process alone -> World.
     Under torchrun each process has a GPU of its own, whose number is LOCAL_RANK. Raises ModelError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"         # at once: choosing GPU 0 first takes memory of it
     device = choose_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index)}")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if size > 1:
         # torchrun (torch 2.13) keeps its key-value store over a restart, with the addresses of the dead

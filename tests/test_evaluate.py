@@ -179,7 +179,8 @@ def test_detectors_that_are_none(kind, message, tmp_path, monkeypatch):
     ("--data EMPTY", "no videos in it"),
     ("--width 128", "the toy world is square, not 128x64"), ("--device cuda:99", "--device cuda:99: "),
     ("--device gpu", "--device gpu: not available here"),
-    ("--report MODEL/unet", "cannot be written"), ("--report a_file/fvd.json", "cannot be written"),
+    ("--report MODEL/unet", "cannot be written"), ("--report .", "it is a folder"),
+    ("--report /", "it is a folder"), ("--report a_file/fvd.json", "cannot be written"),
     ("--report fvd.jpg", "would overwrite"),                    # the picture beside it has the same name
     ("--data list.csv --report link.json", "would overwrite list.csv"),
     ("--student MODEL/unet --report MODEL/unet/diffusion_pytorch_model.safetensors", "would overwrite")])

@@ -340,3 +340,11 @@ def test_hub_student_is_read_in_its_pipelines_variant_if_it_has_it(tmp_path, mon
         assert same_weights(lora.load_student(f"owner/{name}-both", teacher, variant="fp16"), half)
     with pytest.raises(ModelError, match="owner/none: no such folder here, and the hub cannot"):
         lora.load_student("owner/none", teacher, variant="fp16")
+
+
+def test_a_student_of_another_model_is_refused(tmp_path):
+    """A UNet that takes image embeddings of another length, as SVD's student beside the toy model."""
+    teacher = model.UNet(**unet_config())
+    model.save_unet(model.UNet(**unet_config(cross_attention_dim=48)), tmp_path)
+    with pytest.raises(ModelError, match="its cross_attention_dim is 48, that of --model is 24"):
+        lora.load_student(tmp_path, teacher)

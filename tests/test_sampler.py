@@ -250,7 +250,8 @@ def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder
     (["--image", "in.png", "--offload", "--cuda_graph"], "--offload does not go with --cuda_graph"),
     (["--image", "in.png", "--tts", "--steps", "4"], "for one step"),
     (["--image", "in.png", "--student", "net", "--steps", "101"], "a student has 100 noise levels"),
-    (["--image", "in.png", "--student", str(sampler.STUDENT.parent / "unet")], "takes 64 image embeddings"),
+    (["--image", "in.png", "--student", str(sampler.STUDENT.parent / "unet")],
+     "its cross_attention_dim is 64, that of --model is 24"),
     ([], "required: --image"),
 ])
 def test_bad_input_is_one_line_and_status_2(pipeline_folder, tmp_path, monkeypatch, capsys, args, message):

@@ -145,7 +145,8 @@ def test_a_network_is_trained_again_and_replaced(python, toy, tmp_path):
     ("--size 33", "--size must be a multiple of 16"),
     ("--vae_channels 32 32 48 32", "channels must be multiples of 32"),
     ("--unet_channels 32 32 32", "--unet_attention must have 3 values"),
-    ("--num_clips 0", "--num_clips"), ("--vae_lr nan", "--vae_lr"), ("--unet_steps 0", "--unet_steps"),
+    ("--num_clips 0", "--num_clips"), ("--num_frames 1", "--num_frames"),
+    ("--vae_lr nan", "--vae_lr"), ("--unet_steps 0", "--unet_steps"),
     ("--device cuda", "--device cuda"), ("--train_log /dev/null/log.jsonl", "/dev/null"),
     ("--output_dir /dev/null/toy", "/dev/null/toy")])
 def test_bad_flags_are_one_line_before_anything_is_trained(python, tmp_path, flags, says):

@@ -61,7 +61,7 @@ flag("--overwrite", action="store_true", help="train the chosen stages again, fr
 flag("--seed", default=0, help="seed of world and random numbers; held-out clips have another")
 flag("--device", help="where to train (default: cuda if available)")
 flag("--size", default=128, help="height and width of the clips")
-flag("--num_frames", default=14, help="frames per clip")
+flag("--num_frames", type=engine.number(2, 1000), default=14, help="frames per clip")
 flag("--vae_channels", nargs=4, default=[32, 64, 96, 96], help="channels by level, multiples of 32")
 flag("--unet_channels", nargs="+", default=[128, 96], help="channels by level, multiples of 32")
 flag("--unet_attention", nargs="+", default=[0, 1], help="per level: 1 with transformers, else 0")
