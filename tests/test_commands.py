@@ -1,4 +1,4 @@
-"""The commands and Python snippets of the READMEs are typed in, as a reader would: all of them that need
+"""The commands and Python snippets of the pages are typed in, as a reader would: all of them that need
 neither a GPU, nor the network, nor files that only the reader has.
 
 They run in a copy of the repository, one copy for all tests. A command that reads what another one writes
@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import chain
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ from support.checkpoint import ModelError
 from tools import bench
 
 ALL = os.environ.get("OSV_README") == "all"
-PAGES = ["README.md", "exercises/README.md"]
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+PAGES = ["README.md", *DOCS, "exercises/README.md"]
 SMALL = "--width 64 --height 64 --num_frames 4"                 # a video in a third of a second, not in two
 STEP = ("--max_train_steps 1 --batch_size 1 --num_clips 2 --width 32 --height 32 --log_steps 1 "
         "--validation_teacher_steps 1")                         # a stage in 3 seconds, not in minutes
@@ -50,9 +52,12 @@ class Typed(NamedTuple):
 
 # A key that ends in ... means a command that begins like this.
 TYPED = {
-    # -- README.md: sampling
+    # -- README.md
     "make sample": Typed("out.mp4", "wrote out.mp4: 14 frames"),
-    ".venv/bin/python sampler.py --image in.png --out out.mp4": Typed("out.mp4", "wrote out.mp4", SMALL),
+    "python sampler.py --image in.png --out out.mp4": Typed("out.mp4", "wrote out.mp4", SMALL),
+    "python sampler.py --image in.png --student out/stage2/merged":
+        Typed("out.mp4", "wrote out.mp4", SMALL, needs="python train_stage2.py"),
+    # -- docs/sampling.md
     "python sampler.py --image in.png": Typed("out.mp4", "wrote out.mp4", SMALL),
     "python sampler.py --image photos/ --out clip.gif --seed 7":
         Typed("clip_a.gif clip_b.gif", "seed 7,(.|\n)*seed 8,", SMALL),
@@ -62,9 +67,9 @@ TYPED = {
     "python sampler.py --image in.png --save_latents": Typed("out.mp4 out.safetensors", "", SMALL),
     "python sampler.py --image in.png --plain": Typed("out.mp4", "wrote out.mp4", SMALL),
     "python sampler.py --help": Typed(says="--image IN"),
-    # -- The toy world
+    # -- docs/toy_world.md
     'python -c "from pathlib import Path; ...': Typed("toy.png"),
-    # -- Training: one step instead of all
+    # -- docs/training.md: one step instead of all
     "python train_stage1.py": Typed(
         "out/stage1/metrics.jsonl out/stage1/student.safetensors out/stage1/disc.safetensors "
         "out/stage1/pytorch_lora_weights.safetensors out/stage1/merged/config.json", "from step 0", STEP),
@@ -77,14 +82,14 @@ TYPED = {
         "out/lcm/metrics.jsonl out/lcm/merged/config.json", "from step 0", STEP),
     "python train_stage1.py --discriminator unet --train all ...": Typed(
         "out/sfv/metrics.jsonl out/sfv/merged/config.json", "from step 0", STEP),
-    # -- Real videos
+    # -- docs/videos.md
     "python data.py check VIDEOS --out good.jsonl": Typed("good.jsonl good.bad.jsonl", "2 .* 1 are not"),
     "python data.py preview VIDEOS --out sheet.png": Typed("sheet.png", "wrote sheet.png", "--num_clips 2"),
     "python data.py encode VIDEOS --model SVD --out SHARDS": Typed(
         "SHARDS/index.json SHARDS/shard-000000.safetensors", "wrote SHARDS", "--width 64 --height 64"),
     'python train_stage1.py --data OpenVid-1M.csv --where "motion score" 2 20 --flip ...': Typed(
         "out/videos/metrics.jsonl out/videos/merged/config.json", "from step 0", f"{STEP} --workers 1"),
-    # -- With diffusers, PEFT and the hub
+    # -- docs/diffusers.md
     "python -m tools.export export ...": Typed(
         "out/osv/README.md out/osv/model_index.json out/osv/unet/diffusion_pytorch_model.safetensors",
         needs="python train_stage2.py"),
@@ -157,7 +162,7 @@ LEFT_OUT = {
     "python -m tools.tables table1 --report results/table1.json":
         "a GPU; tests/test_evaluate.py has a small one",
     "python -m tools.tables table2 --report results/table2.json": "the same",
-    "python -m tools.readme": "rewrites the page under test; tests/test_evaluate.py has one of its own",
+    "python -m tools.pages": "rewrites the pages under test; tests/test_evaluate.py has one of its own",
     "python -m tools.bench nets ...": "a GPU",
     "python -m tools.bench train --report results/train.json": "a GPU",
     "python -m tools.bench train --gpus 2 --discriminators latent ...": "two GPUs",
@@ -322,14 +327,14 @@ def typed(page):
             yield pytest.param(command, expected, marks=marks, id=" ".join(command.split())[:60])
 
 
-@pytest.mark.parametrize("command, expected", typed("README.md"))
-def test_readme(tree, command, expected):
+@pytest.mark.parametrize("command, expected", chain.from_iterable(map(typed, ["README.md", *DOCS])))
+def test_readme_and_docs(tree, command, expected):
     type_in(tree, command, expected)
 
 
 def test_snippets(tree):
     """One after another, like cells of a notebook. They read what the stages and the export have written."""
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", "".join(map(text_of, PAGES)), re.M | re.S))
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", "\n".join(map(text_of, PAGES)), re.M | re.S))
     for text, shorter in SHORTER.items() if not ALL else ():
         assert text in code
         code = code.replace(text, shorter)

@@ -1,5 +1,5 @@
 """evaluate.py: the distance against scipy, its interval, figures of known clips, the fvd command.
-tools/: tables.py, readme.py, plot.py, and the networks of bench.py."""
+tools/: tables.py, pages.py, plot.py, and the networks of bench.py."""
 import json
 import os
 import shutil
@@ -27,7 +27,7 @@ import sampler
 import solver
 from support import checkpoint
 from support.checkpoint import ModelError
-from tools import bench, export, plot, readme, tables
+from tools import bench, export, pages, plot, tables
 from toy import world
 
 TOY_I3D = sampler.TOY / "i3d"
@@ -244,7 +244,7 @@ def test_reports_that_are_none(text, tmp_path):
         evaluate.read_report(tmp_path / "fvd.json")
     (tmp_path / "fvd.json").write_text(json.dumps(REPORT))
     assert evaluate.read_report(tmp_path / "fvd.json", fvd=float) == REPORT
-    with pytest.raises(ModelError, match="motion"):             # tools/readme.py needs it
+    with pytest.raises(ModelError, match="motion"):             # tools/pages.py needs it
         evaluate.read_report(tmp_path / "fvd.json", motion=float)
 
 
@@ -447,7 +447,7 @@ def test_record_names_the_gpu(device, name, monkeypatch):
     assert evaluate.record(SimpleNamespace(device=device))["device"] == name
 
 
-def test_readme_tables_come_from_the_results(tmp_path):
+def test_tables_of_pages_come_from_the_results(tmp_path):
     row = {"run": "osv", "sampler": "1", "seed": 0, "steps": 1, "nfe": 1, "paper": 335.36, "fvd": 40.0,
            "interval": 4.0, "seconds": 0.01, "sharpness": 1.0, "diversity": 0.1, "motion": 0.9,
            "first_psnr": 31.0}
@@ -455,32 +455,50 @@ def test_readme_tables_come_from_the_results(tmp_path):
     rows = [row, {**row, "seed": 1, "fvd": 50.0}, {**teacher, "sampler": "1", "fvd": 59.0},
             {**teacher, "sampler": "2", "fvd": 58.0}, {**teacher, "sampler": "8", "fvd": 31.0},
             {**row, "run": "real", "sampler": "other futures", "nfe": 0}]
-    report = {"protocol": {"clips": 3}, "command": "python evaluate.py", "device": "cpu", "date": "today"}
+    report = {"protocol": {"clips": 3}, "command": "python evaluate.py", "device": "a GPU", "date": "today"}
     results = tmp_path / "results"
     checkpoint.write_json(results / "table1.json", report | {"rows": rows})
     checkpoint.write_json(results / "table2.json", report | {"rows": [{**row, "sampler": "tts"}]})
-    checkpoint.write_json(results / "student.json", report | {"rows": rows})
-    moved = dict.fromkeys(("fvd", "bad", "astray", "sharpness", "motion"), 1.04) | {"follows": -7.96}
-    damaged = {**row, "run": "real", "sampler": "melt", "moved_by": moved}
-    checkpoint.write_json(results / "sensitivity.json", report | {"rows": [row, damaged]})
-    (tmp_path / "README.md").write_text("<!-- sensitivity -->\n<!-- end -->\n"
-                                        "before\n<!-- table1 -->\nstale\n<!-- end -->\nafter\n"
-                                        "<!-- table2 -->\n<!-- end -->\n<!-- orderings -->\n<!-- end -->\n")
-    readme.main(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "| melt | +1.0 | +1.0 | +1.0 | +1.0 | +1.0 | -8.0 |" in text
-    assert "before\n<!-- table1 -->\n|" in text and "stale" not in text and "clips 3" in text
-    assert "\nafter\n<!-- table2 -->\n|" in text and "<!-- end -->\n<!-- orderings -->\n|" in text
-    assert "| osv | 1 | 1 | 45.0 (36.0 to 54.0) |  | 335.36 | 0.010 | 1.00 | 0.100 | 0.90 | 31.0 |" in text
+    bench = [{"what": "ours: a net", "ms": 1234.5, "memory_gib": 2.0, "share": 0.5},
+             {"what": "plain: a net", "error": "out of memory"}]
+    checkpoint.write_json(results / "bench.json", report | {"nets": bench, "matmul_tflops_per_s": 700.4})
+    text = """before
+        <!-- table table1.json: table1 | run = {run} | NFE = {nfe} | toy-FVD = {range} | bad = {bad_range}
+        | paper = {in_paper} | s = {seconds:.2f} | misses = {lacks} -->
+        stale
+        <!-- end -->
+        after
+        <!-- table table2.json: table2 | run = {label}{run} | paper = {in_paper} -->
+        <!-- end -->
+        <!-- table table1.json table2.json: orderings | claim = {claim} | a = {better} | b = {worse}
+        | here = {here} -->
+        <!-- end -->
+        <!-- table table1.json: rows | run = {run} | motion = {motion:.1f} -->
+        <!-- end -->
+        <!-- table bench.json: side_by_side | net = {what} | ours = {ours} | plain = {plain} -->
+        <!-- end -->
+        """.replace("\n        ", "\n")
+    for page in (tmp_path / "README.md", tmp_path / "docs" / "page.md"):
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(text)
+        pages.write_page(page, results)
+    text = page.read_text()
+    assert text == (tmp_path / "README.md").read_text() and "stale" not in text and "\nafter\n" in text
+    assert "| paper | s | misses |\n| --- | --: | --: | --: | --: | --: | --: |\n" in text
+    assert "| osv | 1 | 45.0 (36.0 to 54.0) |  | 335.36 | 0.01 |  |\n" in text and "Protocol: clips 3" in text
     for letter, paper in zip("abcdeh", 5 * [171.15] + [181.95]):        # the same row in each part
-        assert f"| {letter}: osv | tts | 1 | 40.0 (36.0 to 44.0) |  | {paper} | " in text
+        assert f"| {letter}: osv | {paper} |\n" in text
     for steps, fvd, verdict in ((1, "59.0 (55.0 to 63.0)", "yes"), (8, "31.0 (27.0 to 35.0)", "the reverse"),
                                 (2, "58.0 (54.0 to 62.0)", "not told apart")):
-        line = f"| one step beats {steps} of the teacher | 45.0 (36.0 to 54.0) | {fvd} | {verdict} |  |"
+        line = f"| one step beats {steps} of the teacher | 45.0 (36.0 to 54.0) | {fvd} | {verdict} |"
         assert line in text, text
-    readme.main(tmp_path)
-    assert (tmp_path / "README.md").read_text() == text                     # a second run changes nothing
-    with Image.open(results / "table1_nfe.png") as picture:
+    assert text.count("| osv | 0.9 |") == 2                             # a row per training seed
+    assert "| a net | 1,234 ms, 2.0 GiB | out of memory |\n" in text
+    assert "`results/bench.json`: a GPU, matrix product 700 TFLOP/s, today." in text
+    pages.write_page(page, results)
+    assert page.read_text() == text                                     # a second run changes nothing
+    pages.plot(rows, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size == (700, 420) and len(picture.convert("RGB").getcolors(100_000)) > 3
 
 
@@ -495,13 +513,21 @@ def test_bad_clips_are_compared_clip_by_clip():
             {**row, "run": "teacher", "sampler": "1", **bad(40)}, {**row, "run": "teacher", "sampler": "2"},
             {**row, "run": "teacher", "sampler": "8", **bad(32)},
             {**row, "run": "teacher", "sampler": "4", **bad(20)}]
-    lines = readme.orderings(rows, 64).splitlines()
-    assert [line.split("|")[-2].strip() for line in lines[2:]] == [
+    report = {"protocol": {"clips": 64}, "rows": rows}
+    assert [claim["difference"] for claim in pages.orderings(report)] == [
         "-12.5% ± 8.2%: yes", "", "+0.0% ± 0.0%: not told apart", "+18.8% ± 9.6%: the reverse"]
     assert half == pytest.approx(0.119, abs=0.001)
-    report = {"protocol": {}, "command": "", "device": "", "date": "", "rows": rows}
-    table = readme.markdown(report, [("", "osv", "1", None), ("", "teacher", "2", None)]).splitlines()
-    assert "| 50.0% (38.1% to 61.9%) |" in table[2] and "(36.0 to 44.0) |  |" in table[3]
+    first, second = pages.measured(report, [("", "osv", "1", None), ("", "teacher", "2", None)])
+    assert first["bad_range"] == "50.0% (38.1% to 61.9%)" and second["bad_range"] == ""
+
+
+def test_rows_of_a_sheet_are_numbered(tmp_path):
+    Image.new("RGB", (40, 131)).save(tmp_path / "sheet.jpg")
+    pages.number_rows(tmp_path / "sheet.jpg", tmp_path / "out.jpg", rows=2)
+    with Image.open(tmp_path / "out.jpg") as picture:
+        left = picture.convert("L").crop((0, 0, 14, 131))
+        assert picture.size == (56, 131)
+        assert left.crop((0, 0, 14, 65)).getextrema()[0] < 100 < left.crop((0, 65, 14, 131)).getextrema()[1]
 
 
 def test_an_interval_of_no_bad_clips_is_not_empty():
@@ -563,8 +589,8 @@ def test_real_videos_cannot_be_damaged():
 def test_orderings_are_of_rows_that_the_tables_have():
     rows = tables.TABLE1 + [row for rows in tables.TABLE2.values() for row in rows]
     measured = {f"{run}, {name}" for run, name, _ in rows}
-    assert len(readme.ORDERINGS) == 16
-    assert all({f"osv, {name}", other} <= measured for _, name, other in readme.ORDERINGS)
+    assert len(pages.ORDERINGS) == 16
+    assert all({f"osv, {name}", other} <= measured for _, name, other in pages.ORDERINGS)
 
 
 def test_plot_has_a_panel_per_number(tmp_path):

@@ -1,7 +1,9 @@
-"""The pages agree with the code: commands name scripts and flags that exist, links lead somewhere, the file
-table counts right. And the house keeps its form: sizes below their limits, imports in one direction."""
+"""The pages agree with the code and with results/: commands name scripts and flags that exist, links lead
+somewhere, the file table counts right, figures are those of the files that they name. And the house keeps its
+form: sizes below their limits, imports in one direction."""
 import ast
 import io
+import json
 import re
 import subprocess
 import sys
@@ -12,14 +14,18 @@ from itertools import chain
 import pytest
 from conftest import ROOT
 
-PAGES = ["README.md", "exercises/README.md", "exercises/INSTRUCTORS.md", "LOG.md", "assets/model_card.md"]
+from tools import pages
+
+GENERATED = r"(?s)<!-- table (.*?) -->\n(.*?)<!-- end -->"      # by tools/pages.py
+DOCS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
+PAGES = DOCS + ["exercises/README.md", "exercises/INSTRUCTORS.md", "LOG.md", "assets/model_card.md"]
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.py", "*/*.py")
                  for path in ROOT.glob(pattern) if not path.name.startswith("out_"))
 FOLDERS = ["support", "toy", "tools"]                           # of our modules, besides the top level
 SCRIPTS = {"train_stage1", "train_stage2", "toy.train"}         # and all of tools/: run, never imported
 
 # Lines of code. Each file and each function stands 3 % below 450 and 60, so that a small addition fits.
-LARGEST = {"a file": 436, "a function": 58, "the top level": 2000, "all of it": 4750}
+LARGEST = {"a file": 436, "a function": 58, "the top level": 2000, "all of it": 4780}
 
 
 # ---- Commands and links ---------------------------------------------------------------------------------
@@ -64,8 +70,8 @@ def test_commands_name_scripts_and_flags_that_exist(page):
 
 
 def test_there_are_commands_to_check():
-    found = list(commands("README.md"))
-    assert len(found) > 25
+    found = [command for page in DOCS for command in commands(page)]
+    assert len(found) > 50
     assert {script for script, _ in found} >= {
         "sampler.py", "train_stage1.py", "data.py", "tools/export.py", "tools/bench.py", "tools/tables.py",
         "toy/train.py"}
@@ -90,6 +96,126 @@ def test_links_and_pictures_are_there(page):
     folder = (ROOT / page).parent
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         assert "://" in target or (folder / target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) < 16_000, "something has to move to docs/"
+    missing = [page for page in DOCS[1:] if f"]({page})" not in text]
+    assert not missing, f"not linked from README.md: {missing}"
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_lines_of_pages_are_short(page):
+    text = re.sub(GENERATED, "", (ROOT / page).read_text())
+    long = [line for line in text.splitlines() if len(line) > 125 and not line.startswith("|")]
+    assert not long, "\n".join(long)
+
+
+# ---- Figures --------------------------------------------------------------------------------------------
+
+# By how much a figure of a file is multiplied when a sentence gives it in this unit.
+UNITS = {"%": 100, "s": 1e-3, "seconds": 1e-3, "TB": 1e-6}
+# Figures that their file does not have as such: how they follow from numbers of the file, from CONSTANTS and
+# from other entries of the page; or in words, where they are from.
+CONSTANTS = {1, 8, 10, 60, 1000, 3600, 1e6}
+ELSEWHERE = {
+    "docs/decisions.md": {"2.5": "a default of --guidance"},
+    "docs/speed.md": {
+        "786": "the machine of the profile", "74": "sum over kernels of the profile", "490": "the same",
+        "1.7e-3": "0.001657", "2.2e-2": "0.02229",
+        "0.03": "0.010532 + 0.017576", "0.9": "0.107016 + 0.825304"},
+    "docs/tables.md": {"95": "the level of the intervals", "0.85": "7.31170 / 8.65039"},
+    "docs/toy_world.md": {"512": "512", "41.4": "41.4116", "0.4": "0.39355"},
+    "docs/training.md": {
+        "485": "seconds of the whole command", "2000": "the paper", "20000": "the paper",
+        "10000": "half of the paper's", "24": "2000 * 716.698 / 1000 / 60",
+        "1.8": "10000 * 657.36 / 1000 / 3600"},
+    "docs/videos.md": {
+        "56": "two seconds of a file of 30 frames per second", "4.4": "246.862 / 56",
+        "16": "cores of a host", "15": "1105.92 * 8 / 10 / 60", "0.51": "1 / 1.95518", "0.56": "1 / 1.80152",
+        "142": "1e6 / 1.95518 / 3600", "154": "1e6 / 1.80152 / 3600", "10": "154 / 16",
+        "11.7": "counted", "39.1": "counted", "361": "36.5509 / 101.378 * 1000",
+        "30": "39.1 * 1e6 / 361 / 3600", "1.1": "11.7 * 1e6 / 361 / 3600 / 8", "3.8": "30 / 8"}}
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_generated_tables_are_those_of_the_results(page, tmp_path):
+    copy = tmp_path / "page.md"
+    copy.write_text((ROOT / page).read_text())
+    pages.write_page(copy, ROOT / "results")
+    assert copy.read_text() == (ROOT / page).read_text(), "run python -m tools.pages"
+
+
+NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
+
+
+def leaves(content):
+    """All numbers in a report, also those of its sentences, which are texts with a space."""
+    if isinstance(content, dict):
+        content = [*content.keys(), *content.values()]
+    if isinstance(content, list):
+        return [number for part in content for number in leaves(part)]
+    if isinstance(content, str):
+        return [float(number.replace(",", "")) for number in re.findall(NUMBER, content)] * (" " in content)
+    return [float(content)] if isinstance(content, (int, float)) else []
+
+
+@cache
+def figures_of(name):
+    """(all numbers in a file of results/, those of the tables on the pages that are made of it). If there are
+    no such tables, the first stand for the second."""
+    file = ROOT / "results" / name
+    text = file.read_text()
+    numbers = leaves(text if file.suffix == ".txt" else json.loads(text) if file.suffix == ".json" else
+                     [json.loads(line) for line in text.splitlines()])
+    tables = [line for page in DOCS for comment, part in re.findall(GENERATED, (ROOT / page).read_text())
+              if name in re.split("[ :]", comment) for line in part.splitlines() if line.startswith("|")]
+    return numbers, leaves(tables) or numbers
+
+
+def is_rounded(figure, numbers):
+    """Whether a figure, such as 1240 or 0.85 or 1.7e-3, is one of the numbers, rounded to its digits."""
+    digits, _, exponent = figure.partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    return any(abs(number - float(figure)) <= 0.500001 * unit for number in numbers)
+
+
+def stale_figures(text, elsewhere):
+    """Figures in paragraphs, list items and table rows that name files of results/, which none of these files
+    has: decimals, and whole numbers from 10 on. Smaller ones mostly count things."""
+    text = re.sub(rf"{GENERATED}|```.*?```", "", text)
+    for paragraph in re.split(r"\n\n|\n(?=[-|] |\d+\. )", text):
+        names = re.findall(r"results/(\w+\.(?:jsonl?|txt))", paragraph)
+        numbers, shown = ([x for name in names for x in figures_of(name)[i]] for i in (0, 1))
+        words = re.sub(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d|^ {4}.*", " ", paragraph, flags=re.M)
+        for figure, unit in re.findall(rf"(?<![\w.,/])({NUMBER})(?!\w)[ ]?([%\w]*)", words) * bool(names):
+            figure = figure.replace(",", "")
+            derivation = elsewhere.get(figure, "")
+            operands = re.findall(NUMBER, derivation) if derivation[:1].isdigit() else []
+            known = shown + [number * UNITS[unit] for number in shown if unit in UNITS]
+            if operands and all(x in elsewhere or float(x) in CONSTANTS or is_rounded(x, numbers)
+                                for x in operands):
+                known.append(eval(derivation))
+            if len(figure) > 1 and not is_rounded(figure, known) and (operands or not derivation):
+                yield figure
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_figures_are_those_of_the_files_that_are_named_beside_them(page):
+    stale = list(stale_figures((ROOT / page).read_text(), ELSEWHERE.get(page, {})))
+    assert not stale, f"{page}: not in the files of results/ that their paragraphs name: {stale}"
+
+
+@pytest.mark.parametrize("page, old, new", [
+    ("README.md", "11.2 GiB", "12.2 GiB"), ("README.md", "3.7 s", "3.9 s"),
+    ("docs/speed.md", "111 ms", "107 ms"),
+    ("docs/speed.md", "2.2e-2", "2.3e-2"), ("docs/tables.md", "0.85 of", "0.95 of"),
+    ("docs/training.md", "24 minutes", "27 minutes"), ("docs/videos.md", "142 or", "148 or")])
+def test_a_stale_figure_is_seen(page, old, new):
+    text = (ROOT / page).read_text()
+    assert old in text
+    assert list(stale_figures(text.replace(old, new), ELSEWHERE.get(page, {}))) == [new.split()[0]]
 
 
 # ---- Sizes ----------------------------------------------------------------------------------------------

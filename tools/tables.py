@@ -3,7 +3,7 @@
     $ python -m tools.tables student --report results/student.json      # the shipped student and its teacher
     $ python -m tools.tables table1 --report results/table1.json
     $ python -m tools.tables table2 --rows a b --report results/table2.json
-    $ python -m tools.readme                                            # writes them into the README
+    $ python -m tools.pages                                             # writes them into docs/tables.md
 
     RUNS                        the training flags of each student
     SHIPPED, TABLE1, TABLE2     the rows of each table
