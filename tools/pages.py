@@ -99,7 +99,7 @@ def paired_difference(row, other, clips):
 def measured(report, rows):
     """Those of `rows` that a report has, as of over_seeds. rows: (label, run, sampler, the paper's FVD)."""
     found = over_seeds(report["rows"])
-    return [{**found[key], "label": label, "in_paper": paper or ""}
+    return [{**found[key], "label": label, "in_paper": paper or "", "seconds": found[key]["seconds"] or ""}
             for label, run, name, paper in rows if (key := f"{run}, {name}") in found]
 
 
@@ -146,6 +146,7 @@ ROWS = {
     "student": partial(measured, rows=[("", *row) for row in SHIPPED]), "scaling": scaling,
     "table1": partial(measured, rows=[("", *row) for row in TABLE1]), "side_by_side": side_by_side,
     "table2": partial(measured, rows=[(f"{part}: ", *row) for part, rows in TABLE2.items() for row in rows]),
+    "toy": lambda report: [row | {"guidance": row["guidance"] or "none"} for row in report["teacher"]],
     "orderings": orderings, "sensitivity": lambda report: report["rows"][1:]}        # 0: undamaged
 
 
@@ -167,10 +168,10 @@ def rows_at(keys, *reports):
 
 
 def cell(form, row):
-    """A cell of a row: empty if the row lacks the key."""
+    """A cell of a row: empty if the row has no such figure."""
     try:
-        return form.format_map(row)
-    except KeyError:
+        return form.format_map(row).replace("1 GPUs", "1 GPU")
+    except (KeyError, ValueError):
         return ""
 
 
