@@ -163,6 +163,12 @@ def reasons(result):
     return [f"missing: {' '.join(missing)}"] * (0 < len(missing) < len(result)) + other
 
 
+def cell(text):
+    """Text that a spreadsheet shows and does not calculate: students choose the names of their folders, and
+    their errors' messages. An apostrophe goes before the first characters of formulas."""
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+
+
 def grade_class(grader, folder, file):
     """Writes a row for each folder in `folder` to the CSV file, which is complete after every row."""
     students = sorted(path for path in folder.iterdir()
@@ -188,12 +194,13 @@ def grade_class(grader, folder, file):
     for student, odd, jobs in started:
         result = grader.finish(jobs)
         reason = "; ".join(odd + reasons(result))
-        shares = [f"{passed}/{tests}" for passed, tests, _ in result.values()]
-        rows.append([student.name, *shares, f"{points(result):.1f}", total, reason])
+        # "3/7" would become a date in a spreadsheet.
+        shares = [f"{passed} of {tests}" for passed, tests, _ in result.values()]
+        rows.append([cell(student.name), *shares, f"{points(result):.1f}", total, cell(reason)])
         # Bytes that are not UTF-8 in a folder's name are written as \udcff, for example.
         with replacing(file) as part, open(part, "w", newline="", encoding="utf-8",
                                            errors="backslashreplace") as stream:
-            csv.writer(stream).writerows(rows)
+            csv.writer(stream, quoting=csv.QUOTE_ALL).writerows(rows)
         print(f"{student.name:30}{points(result):5.1f}  {reason}".rstrip(), flush=True)
 
 

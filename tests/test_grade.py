@@ -136,7 +136,7 @@ def test_a_wrong_answer_does_not_hide_the_others(graded):
     row = graded[0]["eve"]
     assert row["reason"].startswith("ex01: the answer replaces pytest.fail; ex11: ")
     for name in grade.POINTS:
-        passed, tests = row[name].split("/")
+        passed, tests = row[name].split(" of ")
         assert int(passed) < int(tests)
 
 
@@ -154,7 +154,7 @@ def test_right_answers_get_all_points(graded):
     row = graded[0]["ada"]
     assert row["reason"] == "not graded: ex01_old.py"
     for name in grade.POINTS:
-        passed, tests = row[name].split("/")
+        passed, tests = row[name].split(" of ")
         assert passed == tests and int(tests) > 1
     assert row["points"] == "27.0"
 
@@ -166,8 +166,8 @@ def test_odd_submissions_get_their_points_and_a_reason(graded, student):
     assert re.search(reason, row["reason"]), row["reason"]
     assert row["points"] == points
     for name in grade.POINTS:
-        passed, tests = row[name].split("/")
-        assert tests == graded[0]["ada"][name].split("/")[1]
+        passed, tests = row[name].split(" of ")
+        assert tests == graded[0]["ada"][name].split(" of ")[1]
         assert passed == (tests if name[:4] in right else "0")
 
 
@@ -176,7 +176,23 @@ def test_a_class_needs_no_more_than_its_first_exercises(run, tmp_path):
     done = run(tmp_path / "class", "ex07", "ex09_ema.py", "--csv", tmp_path / "grades.csv")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "grades.csv").read_text().splitlines() == [
-        "student,ex07_hinge,ex09_ema,points,of,reason", "ada,0/8,7/7,1.0,2,missing: ex07"]
+        '"student","ex07_hinge","ex09_ema","points","of","reason"',
+        '"ada","0 of 8","7 of 7","1.0","2","missing: ex07"']
+
+
+def test_no_cell_is_a_formula(tmp_path, monkeypatch):
+    """Names and messages that begin like formulas; ; begins a new cell in some languages' spreadsheets."""
+    for name in ("=1+2", "+1", "-1", "@SUM(A1)", " \t=1", "ada; =1", "ada-1"):
+        submit(tmp_path / "class" / name, {"ex09_ema.py": EMA})
+    replies = {"": {"tests": {"test_ex09_a": ""}, "trouble": ""}}
+    bad = {"tests": {"test_ex09_a": "=HYPERLINK()"}, "trouble": ""}
+    monkeypatch.setattr(grade.Grader, "ask", lambda self, folder, name: replies.get(name, bad))
+    monkeypatch.setattr(grade, "reasons", lambda result: [text for _, _, text in result.values()])
+    with grade.Grader(["ex09_ema"]) as grader:
+        grade.grade_class(grader, tmp_path / "class", tmp_path / "grades.csv")
+    lines = (tmp_path / "grades.csv").read_text().splitlines()[1:]
+    names = ["\"' \t=1", "\"'+1", "\"'-1", "\"'=1+2", "\"'@SUM(A1)", '"ada-1', '"ada; =1']
+    assert lines == [f"""{name}","0 of 1","0.0","1","'=HYPERLINK()\"""" for name in names]
 
 
 def test_one_exercise_says_what_its_tests_say(run, tmp_path):
@@ -223,7 +239,8 @@ def test_rows_stay_when_grading_is_interrupted(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and len(error.splitlines()) == 1 and "interrupted" in error
-    assert (tmp_path / "grades.csv").read_text().splitlines()[1:] == ["ada,7/7,1.0,1,"]
+    assert (tmp_path / "grades.csv").read_text().splitlines()[1:] == [
+        '"ada","7 of 7","1.0","1",""']
     wait_until(lambda: not is_running(int(number.read_text())))
 
 
