@@ -26,6 +26,7 @@ from support.checkpoint import ModelError
 
 plug = graders.plug
 show = importlib.import_module("show")          # in exercises/, which test_exercises.py adds to the path
+second_year = importlib.import_module("second_year.grader")
 LIBRARY = plug.library()
 STUBS = plug.answers(plug.ROOT / "exercises")
 
@@ -631,6 +632,104 @@ def test_each_exercise_has_eight_mutants():
         assert sum(m[0] == name for m in WRONG_DESIGNS) >= 5, name
     everything = MUTANTS + WRONG_GATHERS + WRONG_DESIGNS
     assert len({m[:3] for m in everything}) == len(everything)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The second year's variants
+
+VARIANTS = {
+    "ex02_targets": """
+def noise_target(sigma, sigma_data):
+    return 1, -sigma
+
+
+def data_target(sigma, sigma_data):
+    return 0, sigma_data
+
+
+def amplification(sigma, sigma_data):
+    total = (sigma ** 2 + sigma_data ** 2) ** 0.5
+    return total / sigma_data, total / sigma
+""",
+    "ex05_heun": """
+import torch
+import solver
+
+
+def solve(teacher, x_t, sigmas, cond, guidance=None, progress=iter):
+    with torch.no_grad():
+        for i in progress(range(len(sigmas) - 1)):
+            now, end = solver.per_clip(sigmas[i], x_t), solver.per_clip(sigmas[i + 1], x_t)
+            slope = (x_t - solver.guided(teacher, x_t, sigmas[i], cond, guidance)) / now
+            x_s = x_t + (end - now) * slope
+            if (end > 0).any():
+                second = (x_s - solver.guided(teacher, x_s, sigmas[i + 1], cond, guidance)) / end
+                x_s = torch.where(end > 0, x_t + (end - now) * (slope + second) / 2, x_s)
+            x_t = torch.where(now > 0, x_s, x_t)
+        return x_t
+""",
+    "ex09_power": """
+def power_decay(step, gamma):
+    return (1 - 1 / step) ** (gamma + 1)
+
+
+def gamma_for(share):
+    return 1 / share - 2
+""",
+}
+WRONG_VARIANTS = [
+    ("ex02_targets", "1, -sigma", "1, sigma", "noise is added"),
+    ("ex02_targets", "0, sigma_data", "0, 1", "the data has std 1"),
+    ("ex02_targets", "total / sigma_data, total / sigma", "sigma, sigma_data", "|c_out|, not a quotient"),
+    ("ex02_targets", "total / sigma_data, total / sigma", "total / sigma, total / sigma_data", "exchanged"),
+    ("ex02_targets", " ** 0.5", "", "variance where std should be"),
+    ("ex05_heun", "(slope + second) / 2", "slope", "Euler, at twice the cost"),
+    ("ex05_heun", "(slope + second) / 2", "second", "the slope at the end alone"),
+    ("ex05_heun", "if (end > 0).any():", "if True:", "a step to 0 looks at 0"),
+    ("ex05_heun", "torch.where(end > 0, x_t + (end - now) * (slope + second) / 2, x_s)",
+     "x_t + (end - now) * (slope + second) / 2", "NaN where one clip of several steps to 0"),
+    ("ex05_heun", "x_s, sigmas[i + 1], cond, guidance", "x_s, sigmas[i + 1], cond", "guidance for one slope"),
+    ("ex05_heun", "x_s, sigmas[i + 1]", "x_s, sigmas[i]", "the level of the start at the end"),
+    ("ex05_heun", "no_grad", "enable_grad", "a graph of the teacher"),
+    ("ex09_power", "gamma + 1", "gamma", "the exponent of the profile is that of the decay"),
+    ("ex09_power", "1 - 1 / step", "1 - 1 / (step + 1)", "steps counted from 0"),
+    ("ex09_power", "1 / share - 2", "1 / share - 1", "the share of a profile k^(gamma - 1)"),
+    ("ex09_power", "1 / share - 2", "1 / (1 - share) - 2", "the mean time in place of the mean age"),
+    ("ex09_power", "(1 - 1 / step) ** (gamma + 1)", "(gamma + 1) / (gamma + 2)", "a constant decay"),
+]
+
+
+def verdicts_of_variant(name, text):
+    scope = {}
+    exec(text, scope)
+    return [*second_year.verdicts(name, scope).values()]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_graded(name):
+    assert not any(verdicts_of_variant(name, VARIANTS[name]))
+    stub = (plug.ROOT / "exercises" / "second_year" / f"{name}.py").read_text()
+    assert all(isinstance(verdict, NotImplementedError) for verdict in verdicts_of_variant(name, stub))
+
+
+@pytest.mark.parametrize("name, text, other",
+                         [pytest.param(*m[:3], id=f"{m[0]}: {m[3]}") for m in WRONG_VARIANTS])
+def test_wrong_variants_fail(name, text, other):
+    assert text in VARIANTS[name]
+    found = verdicts_of_variant(name, VARIANTS[name].replace(text, other))
+    assert any(isinstance(verdict, pytest.fail.Exception) for verdict in found), "this wrong answer passes"
+
+
+def test_the_variants_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grader.py", "ex09"])
+    second_year.main()
+    assert capsys.readouterr().out.splitlines()[1] == "next, ex09_power.py: to be written"
+    for words, says in (("ex07", "no such variant"), ("ex02 --answers nowhere", "nowhere")):
+        monkeypatch.setattr(sys, "argv", ["grader.py", *words.split()])
+        with pytest.raises(SystemExit, match="2"):
+            second_year.main()
+        error = capsys.readouterr().err
+        assert says in error and len(error.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
