@@ -7,6 +7,9 @@ It grades the exercises, replaces the library's functions by those that pass, ru
 train_stage2.py unchanged, and measures the one-step videos of each stage on held-out pictures: toy-FVD
 (lower is better) and the sharpness of the last frame (real clips have 1). Writes capstone.png: one clip,
 with one row per line of the table.
+
+The pictures are those of data.HELD_OUT, which training does not see, but which were also used for sample
+sheets and tuning; evaluate.py measures on others. Changing them makes reference.json worthless.
 """
 import argparse
 import json

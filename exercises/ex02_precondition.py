@@ -1,4 +1,4 @@
-"""Exercise 2: EDM preconditioning.                           difficulty 1 of 5, 25 minutes, about 8 lines
+"""Exercise 2: EDM preconditioning.                                       difficulty 1 of 5, about 5 lines
 
 A noisy latent is x = x0 + sigma noise; noise has unit variance. The network sees c_in x and c_noise. Its raw
 output F gives the estimate f = c_skip x + c_out F of x0. Four conditions determine the four scalings:
@@ -11,7 +11,8 @@ output F gives the estimate f = c_skip x + c_out F of x0. Four conditions determ
 skip_and_out: derive c_skip and c_out from 2 to 4 for data of std sigma_data; two numbers from two numbers.
 precondition: all four, for sigma_data = 1. sigma: a number or a tensor of any shape and precision -> four
 fp32 tensors of that shape. c_noise = ln(sigma) / 4, finite also at sigma = 0. Mirrors solver.py.
-Read before: EDM section 5 to Eq. 8, not Table 1. Afterwards: EDM Appendix B.6, the same derivation.
+Read before: EDM, Preconditioning and training, to Eq. 7, not Table 1. Afterwards: EDM's appendix on
+preconditioning, the same derivation.
 """
 import torch  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Exercise 3: the consistency function and its boundary.     difficulty 2 of 5, 15 minutes, about 4 lines
+"""Exercise 3: the consistency function and its boundary.                 difficulty 2 of 5, about 4 lines
 
     f(x_t, sigma) = c_skip x_t + c_out F(c_in x_t; c_noise, cond)               OSV Eq. 4
 

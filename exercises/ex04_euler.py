@@ -1,6 +1,7 @@
-"""Exercise 4: one guided Euler step.                         difficulty 2 of 5, 25 minutes, about 7 lines
+"""Exercise 4: one guided Euler step.                                     difficulty 2 of 5, about 8 lines
 
-The ODE from noise to data is dx / dsigma = (x - denoised) / sigma (EDM Eq. 3), where `denoised` is f at x.
+The ODE from noise to data is dx / dsigma = (x - denoised) / sigma, where `denoised` is f at x: EDM's ODE with
+sigma(t) = t and the score (denoised - x) / sigma^2.
 
 euler_step: one Euler step from sigma_t to sigma_s. Derive it, then rewrite it as a weighted mean of x_t and
 denoised: in that form a step from 700 to 0 returns exactly `denoised`, because no large numbers cancel.
@@ -10,7 +11,7 @@ guided: an estimate f(w) that is linear in the guidance w, with f(0) the estimat
 the one with it; w above 1 extrapolates (OSV section 4.2). w: a number, or a tensor that broadcasts to
 b f 1 1 1. None: f(1) from one evaluation for each clip, at half the cost. model.unconditional(cond) is the
 condition without its image. Use solver.consistency, on a doubled batch or twice. Mirrors solver.py.
-Read before: EDM section 2 to Eq. 3; OSV section 4.2.
+Read before: EDM, ODE formulation and Denoising score matching; OSV section 4.2.
 """
 import solver  # noqa: F401
 from model import Cond, unconditional  # noqa: F401

@@ -1,4 +1,4 @@
-"""Exercise 5: m steps of the teacher.                        difficulty 2 of 5, 20 minutes, about 5 lines
+"""Exercise 5: m steps of the teacher.                                    difficulty 2 of 5, about 5 lines
 
 OSV Eq. 8: the teacher takes m guided Euler steps, from sigmas[0] to sigmas[m]. Each step starts at the point
 where the step before it ended.

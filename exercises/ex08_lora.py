@@ -1,4 +1,4 @@
-"""Exercise 8: a linear layer with a low-rank update.         difficulty 3 of 5, 30 minutes, about 14 lines
+"""Exercise 8: a linear layer with a low-rank update.                    difficulty 3 of 5, about 19 lines
 
     y = W x + b + alpha / rank * B A x,    A [rank in], B [out rank]            LoRA, arXiv 2106.09685
 

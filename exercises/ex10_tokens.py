@@ -1,4 +1,4 @@
-"""Exercise 10: latents to tokens to a temporal head.         difficulty 4 of 5, 45 minutes, about 12 lines
+"""Exercise 10: latents to tokens to a temporal head.                    difficulty 4 of 5, about 16 lines
 
 DinoFeatures.forward: latents [b f c h w] -> a list of maps [(b f) d h' w'], one per depth in self.levels.
 1. Frames become a batch, (b f) c h w; self.to_rgb maps them to 3 channels.

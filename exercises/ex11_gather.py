@@ -1,4 +1,4 @@
-"""Exercise 11: the fused kernel's backward, as a gather.     difficulty 5 of 5, 90 minutes, 12 + 25 lines
+"""Exercise 11: the fused kernel's backward, as a gather.                difficulty 5 of 5, about 32 lines
 
 A bilinear resize from h x w to H x W, then each channel is divided by its std. Output row Y reads the input
 at the row y = clamp((Y + 1/2) h / H - 1/2, 0, h - 1); input row i has the weight max(0, 1 - |y - i|) in it.

@@ -1,4 +1,4 @@
-"""Exercise 12: one step, k steps, and a look ahead.          difficulty 3 of 5, 40 minutes, about 15 lines
+"""Exercise 12: one step, k steps, and a look ahead.                     difficulty 3 of 5, about 16 lines
 
 sample: start from noise at the level sigmas[0], jump to f, add *fresh* noise of the next level, jump again,
 and so on while that level is above 0 (arXiv 2303.01469, Algorithm 1). Returns the last f. With tts=True it

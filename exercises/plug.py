@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"            # read when Triton is imported
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")      # read when transformers is imported
 
 import discriminator  # noqa: E402
 import lora  # noqa: E402

@@ -822,6 +822,11 @@ def test_the_librarys_function_by_another_door_fails(name, text, tmp_path):
     assert any(text in str(verdict) for text in says for verdict in found), found
 
 
+def test_an_answer_without_return_is_told_so(tmp_path):
+    answer = answer_of(tmp_path, "karras_sigmas", "def karras_sigmas(n, *_):\n    n + 1")
+    assert all("returns: None" in str(verdict) for verdict in verdicts("karras_sigmas", answer))
+
+
 def test_own_answers_in_other_forms_pass(tmp_path):
     """A partial, a decorated function, a callable object, helpers in other modules of the library."""
     body = "return (1 - real.float()).relu().mean() + (margin + fake.float()).relu().mean()"
@@ -860,7 +865,9 @@ def test_stubs_are_short_and_say_what_to_expect(file):
     text = (plug.ROOT / "exercises" / f"{file}.py").read_text()
     home = plug.EXERCISES[file][0].__name__.replace("plug", "support.upsample").replace(".", "/")
     assert len(text.splitlines()) <= 36
-    assert re.search(r"difficulty [1-5] of 5, \d+ minutes, .*lines", text)
+    lines, = re.findall(r"difficulty [1-5] of 5, about (\d+) lines$", text.splitlines()[0])
+    table = (plug.ROOT / "exercises" / "README.md").read_text()
+    assert re.search(rf"^\| {int(file[2:4])} \|.*\| \d \| {lines} \|$", table, re.MULTILINE)
     assert f"Mirrors {home}.py" in " ".join(text.split())
 
 

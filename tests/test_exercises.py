@@ -106,6 +106,8 @@ def careful(name, answer):
                  for i, value in enumerate([*args, *kwargs.values()])
                  for tensor in torch.utils._pytree.tree_leaves(value) if isinstance(tensor, torch.Tensor)]
         result = answer(*args, **kwargs)
+        if result is None:
+            fail(f"what {name} returns", "None", "the function ends without `return`")
         for argument, tensor, before in given:
             if not torch.equal(tensor, before):
                 after = tensor.detach().clone()
@@ -1064,7 +1066,7 @@ def test_ex10_patches(DinoFeatures):
                     expected[map, n, :, i, j] = (depth + 1) * (patch + cls)
         expect(f"map {map}, of depth {depth} (frame, channel, row, column),", maps[map],
                expected[map].detach(),
-               "hidden_states by depth; CLS comes first; the patches after it go row by row", 1e-4)
+               "hidden_states by depth; CLS comes first and is added to each patch; rows first", 1e-4)
 
 
 def test_ex10_gradient_reaches_the_latents(DinoFeatures):
