@@ -71,6 +71,8 @@ for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_batch_size", type=count, default=batch_size, help="clips (vae: frames) per step")
     flag(f"--{stage}_lr", type=rate, default=lr, help="peak learning rate")
 flag("--num_clips", default=40000, help="clips that unet trains on, rendered and encoded once")
+flag("--unet_log_sigma", nargs=2, type=engine.number(-10.0, 10.0), default=[0.9, 1.2],
+     metavar=("MEAN", "STD"), help="of the normal distribution of ln sigma, for 4 of 5 clips of unet")
 flag("--unet_init", help="pipeline folder whose UNet the stage unet starts from, at its size")
 flag("--ema_decay", default=0.999, help="decay of the averaged weights, which are saved")
 flag("--log_every", default=50, help="steps between log lines")
@@ -358,11 +360,13 @@ def train_unet():
         x0, cond = latents.take(torch.randint(num_clips, (b,), generator=generator, device=device))
         normal = torch.randn(b, generator=generator, device=device)                         # b
         ramp, choice, keep = torch.rand(3, b, generator=generator, device=device)           # b each
-        # 80 % of the noise levels lie where the future is decided. The others cover the whole grid, because
-        # sampling starts at its top.
+        # 80 % of the noise levels lie where the future is decided and where shapes break (LOG.md). The others
+        # cover the whole grid, because sampling starts at its top.
+        mean, std = args.unet_log_sigma
         low, high = solver.SIGMA_MIN ** (1 / solver.RHO), solver.SIGMA_MAX ** (1 / solver.RHO)
         on_grid = (high + ramp * (low - high)) ** solver.RHO                                # b
-        sigma = torch.where(choice < 0.8, (1.4 * normal).exp(), on_grid)[:, None, None, None, None]
+        sigma = torch.where(choice < 0.8, (mean + std * normal).exp(), on_grid)                 # b
+        sigma = sigma[:, None, None, None, None]                                                # b 1 1 1 1
         c_skip, c_out, c_in, c_noise = solver.precondition(sigma)
         x_t = x0 + sigma * torch.randn(x0.shape, generator=generator, device=device)        # b f c h w
 
