@@ -39,7 +39,7 @@ from einops import rearrange, repeat
 from tqdm import tqdm
 
 import model
-from support import checkpoint, engine, kernels
+from support import checkpoint, dryrun, engine, kernels
 from support.checkpoint import ModelError, read_json, read_safetensors, write_json, write_safetensors
 from support.media import save_sheet
 from toy.world import toy_clips
@@ -260,7 +260,8 @@ class Clips:
         for number in wanted + ahead:
             if number not in self.pending:
                 self.pending[number] = self.threads.apply_async(self.clip, [number])
-        frames = torch.stack([self.pending[number].get()[0] for number in wanted])
+        with engine.waiting():
+            frames = torch.stack([self.pending[number].get()[0] for number in wanted])
         for number in self.pending.keys() - set(ahead):
             del self.pending[number]
         return frames
@@ -324,7 +325,9 @@ class ShardLatents:
         for epoch, position in (divmod(number, n) for number in numbers.tolist()):
             shard, row = divmod(shuffled(self.seed, epoch, n)[position].item(), self.index["shard_size"])
             clip = [x[row:row + 1] for x in self.shards[shard]]         # on the CPU: no wait for the GPU
-            if not all(x.isfinite().all() for x in clip):
+            with engine.waiting():                                      # here the disk is read
+                finite = all(x.isfinite().all() for x in clip)
+            if not finite:
                 raise ModelError(f"{list(self.index['shards'])[shard]}: NaN or infinity in clip {row} of it")
             rows.append([x.to(self.device) for x in clip])
         return concatenate(rows).take(torch.arange(len(rows)))
@@ -368,7 +371,7 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     """The data that a trainer's flags name, for a process that trains on `clips_per_rank` clips of each
     batch -> the result of open_data, and (x0, cond) of four validation clips. Those of the toy world are
     unseen. Those of videos are the same videos at other times, and those of shards are clips that the run
-    trains on: nothing is held out."""
+    trains on: nothing is held out. With --overfit N, both are the first N clips, encoded once."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     width, height = (given or default for given, default in
                      zip((args.width, args.height), model.default_size(unet)))
@@ -382,6 +385,10 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     # Numbers that training does not reach. 720,720 is a multiple of 1 to 16: four clips of few videos belong
     # to one epoch, so they differ.
     x0, cond = other.take(HELD_OUT * 720_720 + torch.arange(4))                     # b f 4 h w
+    if n := flags.get("overfit"):
+        x0, cond = latents.take(torch.arange(n))
+        latents = Latents(x0, cond.image_embeds, cond.image_latents[:, 0], cond.time_ids)
+        x0, cond = latents.take(torch.arange(4))                                    # modulo n
     found, takes = [cond.image_embeds.shape[-1], 2 * x0.shape[2]], [
         unet.config["cross_attention_dim"], unet.config["in_channels"]]
     if found != takes:
@@ -430,15 +437,17 @@ def encode(args, out):
     """writes latents and conditions of all clips into shards, which a trainer's --data reads; resumes"""
     world, size = engine.start_world(), args.shard_size
     clips = open_clips(args, report=world.rank == 0, clips_per_rank=size, batch_size=size * world.size,
-                       skip_list=out / f"bad-{world.rank}.jsonl")
-    count = args.num_clips or len(clips.files)
-    settings = {key: value for key, value in vars(args).items() if key not in ("command", "out", "workers")}
+                       skip_list=None if args.dry_run else out / f"bad-{world.rank}.jsonl")
+    count, free = args.num_clips or len(clips.files), ("command", "out", "workers", "dry_run")
+    settings = {key: value for key, value in vars(args).items() if key not in free}
     settings |= {"num_clips": count, "num_videos": len(clips.files)}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
         raise ModelError(f"{out} was started with other settings, see {out}/settings.json: use another --out")
     how = {"dtype": torch.bfloat16 if world.device.type == "cuda" else torch.float32, "device": world.device}
     nets = kernels.fast(model.load_vae(args.model, **how)), model.load_image_encoder(args.model, **how)
     source = VideoLatents(clips, *nets, args.motion_bucket_id)
+    if args.dry_run:
+        return dryrun.encode(source, out, max(0, count - size * len([*out.glob("*.sha256")])), world)
     out.mkdir(parents=True, exist_ok=True)              # only now: bad input leaves no folder behind
     if world.rank == 0:
         checkpoint.lock(out)
@@ -476,6 +485,7 @@ def main():
     flag("--num_clips", help="number of clips (None: preview 8, encode one per video)")
     flag("--model", default="assets/toy", help="encode: pipeline folder or hub id")
     flag("--shard_size", default=256, help="encode: clips per shard")
+    flag("--dry_run", action="store_true", help="encode: measure time and disk space on some clips, no files")
     args = parser.parse_args()
     if args.width % 8 or args.height % 8:
         parser.error(f"--width {args.width} --height {args.height}: sizes must be multiples of 8")

@@ -22,7 +22,7 @@ import sampler
 from discriminator import Discriminator, load_features
 from losses import hinge_d, hinge_g, pseudo_huber
 from solver import NUM_SIGMAS, consistency, karras_sigmas
-from support import engine, kernels
+from support import dryrun, engine, kernels
 
 # ---- Configuration --------------------------------------------------------------------------------------
 
@@ -41,6 +41,9 @@ PRESETS = {
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
                   validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
+# The same in one night on one GPU, clip after clip: on one of 80 GB, and on one of 24 GB.
+PRESETS["one_gpu"] = PRESETS["paper"] | dict(gradient_accumulation_steps=8, keep_activations=True)
+PRESETS["one_gpu_24gb"] = PRESETS["one_gpu"] | dict(keep_activations=False, cuda_graph=False)
 
 parser = engine.training_flags(__doc__.splitlines()[0], PRESETS)
 flag = parser.add_argument
@@ -49,11 +52,11 @@ flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="l
 flag("--adv_weight", default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world, stop = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank = args.batch_size // world.size                      # in each step
-micro_batch = clips_per_rank // args.gradient_accumulation_steps    # clips in one forward pass
+clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # in each step
+micro_batch = clips_per_rank // parts                               # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
-# micro-batches: keeping the activations of all of them would cost the memory that accumulation saves.
-one_forward = args.gradient_accumulation_steps == 1
+# micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
+one_forward = parts == 1 or args.keep_activations
 fast = (lambda network: network) if args.plain else kernels.fast
 torch.manual_seed(args.seed)                                        # initial weights of LoRA and heads
 
@@ -68,18 +71,10 @@ sigmas = karras_sigmas(NUM_SIGMAS).to(device)                       # n + 1, des
 
 # ---- Trainable weights ----------------------------------------------------------------------------------
 
-
-def trains(name):
-    """Whether --train selects this parameter of the UNet."""
-    if ".lora_" in name:
-        return "lora" in args.train
-    return args.train == "all" or "temporal" in args.train and ".temporal_transformer_blocks." in name
-
-
 if "lora" in args.train:
     lora.add_lora(unet, args.lora_rank, targets=lora.LORA_CONVS if args.lora_convs else lora.LORA_TARGETS)
 net = fast(unet).to(dtype)
-theta = engine.MasterWeights(net, [name for name, _ in net.named_parameters() if trains(name)])
+theta = engine.MasterWeights(net, engine.trained_names(net, args.train))
 
 disc = fast(Discriminator(features, args.heads)).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
@@ -91,14 +86,24 @@ net.set_checkpointing(args.gradient_checkpointing)
 
 # ---- Optimisers and resume ------------------------------------------------------------------------------
 
+
+def save_sheet(folder, step):
+    """Writes a sample sheet. With --overfit, returns the PSNR of one step against its clips, in dB."""
+    sheets.save(folder, step, data.FPS)
+    if args.overfit:
+        frames = sampler.decode(vae, sheets.draw(sampler.sample, sigmas[[0, -1]])).cpu()        # n f 3 H W
+        mse = (frames - sheets.fixed_rows[0]).square().mean()                   # of frames in [-1, 1]
+        return {"psnr": (10 * (4 / mse).log10()).item()}
+
+
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 # The whole state of a run. Noise and the order of clips need none: they are functions of the step.
 state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
-run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
-                 save_sheet=lambda step: sheets.save(args.output_dir, step, data.FPS))
+run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d}, save_sheet)
 theta.copy_to_net()
 run.announce(net, theta.masters, psi)
+run = dryrun.DryRun(run, latents) if args.dry_run else run          # ends the loop after a few steps
 
 # ---- One step -------------------------------------------------------------------------------------------
 
@@ -127,10 +132,9 @@ def d_step(x_t, sigma_t, x_real, numbers, *cond):
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
     logits_real = disc(x_real, cond, numbers)                                   # b k
-    # eval: one power iteration of spectral norm per step is enough
-    logits_fake = disc.eval()(x0_pred.detach(), cond, numbers)                  # b k
+    logits_fake = disc(x0_pred.detach(), cond, numbers)                         # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 6
-    (loss_d / args.gradient_accumulation_steps).backward()
+    (loss_d / parts).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
@@ -145,13 +149,17 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     if args.adv_weight:
         loss_adv = hinge_g(disc(x0_pred, cond, numbers), args.linear_g)         # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 7
-    (loss_g / args.gradient_accumulation_steps).backward()
+    (loss_g / parts).backward()
     return loss_huber.detach(), loss_adv.detach()
 
 
-if args.cuda_graph and device.type == "cuda" and one_forward:
-    d_step = engine.cuda_graph(d_step, psi.values())
-    g_step = engine.cuda_graph(g_step, theta.net_weights.values())
+d_steps, g_steps, power_iteration = [d_step] * parts, [g_step] * parts, lambda: engine.power_iteration(disc)
+if args.cuda_graph and device.type == "cuda":
+    power_iteration = engine.cuda_graph(power_iteration)
+    # Activations that wait for the G step stay in their graph's memory: then each micro-batch has own graphs.
+    copies, uses = (parts, 1) if one_forward else (1, parts)
+    d_steps = [engine.cuda_graph(d_step, psi.values()) for _ in range(copies)] * uses
+    g_steps = [engine.cuda_graph(g_step, theta.net_weights.values()) for _ in range(copies)] * uses
 
 # ---- Loop -----------------------------------------------------------------------------------------------
 
@@ -165,20 +173,20 @@ while run.step < args.max_train_steps and not run.stopped:
     batches = [prepare(part) for part in numbers.split(micro_batch)]
 
     # ---- D step: learn to tell x_real from x0_pred
-    x0_pred, norm_d, finite_d = None, torch.zeros((), device=device), True
+    x0_preds, norm_d, finite_d = [None] * parts, torch.zeros((), device=device), True
     if args.adv_weight:
-        disc.train()
-        for batch in batches:
-            x0_pred, loss_d, real, fake = d_step(
+        power_iteration()
+        for i, batch in enumerate(batches):
+            x0_preds[i], loss_d, real, fake = d_steps[i](
                 batch.x_t, batch.sigma_t, batch.x_real, batch.numbers, *batch.cond)
             run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     # ---- G step: x0_pred comes closer to x_target and looks more real
     disc.requires_grad_(False)
-    for batch in batches:
-        loss_huber, loss_adv = g_step(
-            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
+    for i, batch in enumerate(batches):
+        loss_huber, loss_adv = g_steps[i](
+            x0_preds[i], batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.grads_to_masters()

@@ -25,8 +25,7 @@ import sampler
 from discriminator import Discriminator, load_features
 from losses import consistency_weight, hinge_d, hinge_g, pseudo_huber
 from solver import NUM_SIGMAS, consistency, karras_sigmas, solve
-from support import engine, kernels
-from support.checkpoint import ModelError, read_safetensors, refuse_overwriting
+from support import checkpoint, dryrun, engine, kernels
 
 # ---- Configuration --------------------------------------------------------------------------------------
 
@@ -45,6 +44,9 @@ PRESETS = {
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
                   validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
+# The same in one night on one GPU, clip after clip: on one of 80 GB, and on one of 24 GB.
+PRESETS["one_gpu"] = PRESETS["paper"] | dict(gradient_accumulation_steps=2, keep_activations=True)
+PRESETS["one_gpu_24gb"] = PRESETS["one_gpu"] | dict(keep_activations=False, cuda_graph=False)
 
 parser = engine.training_flags(__doc__.splitlines()[0], PRESETS)
 flag = parser.add_argument
@@ -61,13 +63,13 @@ flag("--guidance", nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("A", "B", "C"
 flag("--weight_exponent", default=0.1, help="e of lambda(t_n) = (1 / (sigma_t - sigma_s)) ^ e")
 flag("--ema_decay", default=0.95, help="decay of theta^-; 0: theta^- is the student itself")
 args, world, stop = engine.start_training(parser, PRESETS)
-refuse_overwriting([args.output_dir], [args.stage1])
+checkpoint.refuse_overwriting([args.output_dir], [args.stage1])
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank = args.batch_size // world.size                      # in each step
-micro_batch = clips_per_rank // args.gradient_accumulation_steps    # clips in one forward pass
+clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # in each step
+micro_batch = clips_per_rank // parts                               # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
-# micro-batches: keeping the activations of all of them would cost the memory that accumulation saves.
-one_forward = args.gradient_accumulation_steps == 1
+# micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
+one_forward = parts == 1 or args.keep_activations
 fast = (lambda network: network) if args.plain else kernels.fast
 torch.manual_seed(args.seed)                                        # initial weights of LoRA and heads
 
@@ -82,18 +84,10 @@ sigmas = karras_sigmas(NUM_SIGMAS).to(device)                       # n + 1, des
 
 # ---- Trainable weights ----------------------------------------------------------------------------------
 
-
-def trains(name):
-    """Whether --train selects this parameter of the UNet."""
-    if ".lora_" in name:
-        return "lora" in args.train
-    return args.train == "all" or "temporal" in args.train and ".temporal_transformer_blocks." in name
-
-
 if "lora" in args.train:
     lora.add_lora(unet, args.lora_rank, targets=lora.LORA_CONVS if args.lora_convs else lora.LORA_TARGETS)
 net = fast(unet).to(dtype)
-theta = engine.MasterWeights(net, [name for name, _ in net.named_parameters() if trains(name)])
+theta = engine.MasterWeights(net, engine.trained_names(net, args.train))
 teacher_weights = {name: p.detach().clone() for name, p in theta.net_weights.items()}
 
 disc = fast(Discriminator(features, args.heads)).to(device)
@@ -106,16 +100,7 @@ net.set_checkpointing(args.gradient_checkpointing)
 
 if args.stage1 != "none":                                           # theta and psi start where stage 1 ended
     groups = {"student": theta.masters} | ({"disc": psi | psi_buffers} if args.adv_weight else {})
-    for stem, group in groups.items():
-        file = Path(args.stage1) / f"{stem}.safetensors"
-        tensors = dict(read_safetensors([file])) if file.is_file() else {}
-        if not tensors:
-            raise ModelError(f"{file}: missing or empty; run train_stage1.py first, or give --stage1 none")
-        for name, tensor in tensors.items():
-            if name not in group or group[name].shape != tensor.shape:
-                raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
-                                 "must be those of stage 1, and --train must include what trained there")
-            group[name].data.copy_(tensor)
+    checkpoint.load_stage1(Path(args.stage1), groups)
 ema = {name: p.clone() for name, p in theta.tensors().items()}      # theta^- in fp32
 
 # ---- Optimisers and resume ------------------------------------------------------------------------------
@@ -125,10 +110,11 @@ opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=d
 # The whole state of a run. Noise and the order of clips need none: they are functions of the step.
 state = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers}
 run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
-                 save_sheet=lambda step: sheets.save(args.output_dir, step, data.FPS))
+                 save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
 theta.copy_to_net()
 ema_weights = {name: p.to(dtype) for name, p in ema.items()}        # theta^- in the dtype of the network
 run.announce(net, theta.masters, psi)
+run = dryrun.DryRun(run, latents) if args.dry_run else run          # ends the loop after a few steps
 
 # ---- One step -------------------------------------------------------------------------------------------
 
@@ -162,7 +148,8 @@ def prepare(numbers):
     low, high = (a + (b - a) * low)[:, None], (c + (d - c) * high)[:, None]     # b 1 each
     ramp = torch.linspace(0, 1, x0.shape[1], device=device)                     # f
     guidance = (low + (high - low) * ramp)[:, :, None, None, None]              # b f 1 1 1
-    x_target = distil(x_t, grid, None if max(args.guidance) == 1 else guidance, *cond)
+    # clone: a recorded distil overwrites what it returned for the micro-batch before
+    x_target = distil(x_t, grid, None if max(args.guidance) == 1 else guidance, *cond).clone()
     x_real = x0 if args.real == "data" else x_target
     weight = consistency_weight(sigma_t, sigma_s, args.weight_exponent)         # b, lambda(t_n) of Eq. 10
     numbers = numbers.to(device) if args.discriminator == "unet" else None
@@ -175,10 +162,9 @@ def d_step(x_t, sigma_t, x_real, numbers, *cond):
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
     logits_real = disc(x_real, cond, numbers)                                   # b k
-    # eval: one power iteration of spectral norm per step is enough
-    logits_fake = disc.eval()(x0_pred.detach(), cond, numbers)                  # b k
+    logits_fake = disc(x0_pred.detach(), cond, numbers)                         # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 9
-    (loss_d / args.gradient_accumulation_steps).backward()
+    (loss_d / parts).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
@@ -193,14 +179,18 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     if args.adv_weight:
         loss_adv = hinge_g(disc(x0_pred, cond, numbers), args.linear_g)         # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 10
-    (loss_g / args.gradient_accumulation_steps).backward()
+    (loss_g / parts).backward()
     return loss_huber.detach(), loss_adv.detach()
 
 
-if args.cuda_graph and device.type == "cuda" and one_forward:
+d_steps, g_steps, power_iteration = [d_step] * parts, [g_step] * parts, lambda: engine.power_iteration(disc)
+if args.cuda_graph and device.type == "cuda":
     distil = engine.cuda_graph(distil)
-    d_step = engine.cuda_graph(d_step, psi.values())
-    g_step = engine.cuda_graph(g_step, theta.net_weights.values())
+    power_iteration = engine.cuda_graph(power_iteration)
+    # Activations that wait for the G step stay in their graph's memory: then each micro-batch has own graphs.
+    copies, uses = (parts, 1) if one_forward else (1, parts)
+    d_steps = [engine.cuda_graph(d_step, psi.values()) for _ in range(copies)] * uses
+    g_steps = [engine.cuda_graph(g_step, theta.net_weights.values()) for _ in range(copies)] * uses
 
 # ---- Loop -----------------------------------------------------------------------------------------------
 
@@ -214,20 +204,20 @@ while run.step < args.max_train_steps and not run.stopped:
     batches = [prepare(part) for part in numbers.split(micro_batch)]
 
     # ---- D step: learn to tell x_real from x0_pred
-    x0_pred, norm_d, finite_d = None, torch.zeros((), device=device), True
+    x0_preds, norm_d, finite_d = [None] * parts, torch.zeros((), device=device), True
     if args.adv_weight:
-        disc.train()
-        for batch in batches:
-            x0_pred, loss_d, real, fake = d_step(
+        power_iteration()
+        for i, batch in enumerate(batches):
+            x0_preds[i], loss_d, real, fake = d_steps[i](
                 batch.x_t, batch.sigma_t, batch.x_real, batch.numbers, *batch.cond)
             run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     # ---- G step: x0_pred comes closer to x_target and looks more real
     disc.requires_grad_(False)
-    for batch in batches:
-        loss_huber, loss_adv = g_step(
-            x0_pred, batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
+    for i, batch in enumerate(batches):
+        loss_huber, loss_adv = g_steps[i](
+            x0_preds[i], batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
     disc.requires_grad_(True)
     theta.grads_to_masters()

@@ -10,6 +10,7 @@
     check_writable, refuse_overwriting, require_file, clear_parts       for the start of a script
     collect, restore    the state of a run as named tensors, and back
     save_checkpoint, load_checkpoint    safetensors and JSON, written atomically; incomplete ones are skipped
+    load_stage1         student and discriminator of stage 1, from which stage 2 starts
     rewind, lock        removes what was written after a checkpoint; one run per folder
 
 Nothing here unpickles: .bin, .ckpt, .pt and .pth files can run code when they are opened, and are refused.
@@ -432,6 +433,21 @@ def load_checkpoint(folder, which, config, restarted=False, check=None):
                              "Repeat them, or choose another --output_dir")
         return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
     return 0, {}
+
+
+def load_stage1(folder, groups):
+    """Copies the tensors of folder/STEM.safetensors into groups[STEM] {name: tensor}, which may have more.
+    Raises ModelError if a file is missing, or a tensor does not fit."""
+    for stem, group in groups.items():
+        file = folder / f"{stem}.safetensors"
+        tensors = dict(read_safetensors([file])) if file.is_file() else {}
+        if not tensors:
+            raise ModelError(f"{file}: missing or empty; run train_stage1.py first, or give --stage1 none")
+        for name, tensor in tensors.items():
+            if name not in group or group[name].shape != tensor.shape:
+                raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
+                                 "must be those of stage 1, and --train must include what trained there")
+            group[name].data.copy_(tensor)
 
 
 def check_shapes(groups, optimizers, tensors):

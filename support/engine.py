@@ -9,12 +9,15 @@
     training_flags, start_training      the flags of both stages; parses them and starts the processes
     normal, uniforms                    random numbers as functions of (seed, clip number), without any state
     MasterWeights                       fp32 copies of the trainable weights of a network that may be in bf16
+    trained_names                       the parameters that --train selects
     use_weights, update_ema             other weights in the same network; exponential moving average
+    power_iteration                     the spectral norm of the discriminator, once per step
     finite_step, set_learning_rate      all-reduce, clip and step if all gradients are finite; the schedule
     cuda_graph                          the GPU work of a function, recorded once and replayed
     Run                                 resumes a run; writes log lines, sample sheets and checkpoints
     publish                             the files for stage 2 and for sampler.py
-    Log, peak_memory                    one line per interval, metrics.jsonl, and TensorBoard if installed
+    waiting                             measures the time that a step waits for data
+    Log, peak_memory                    one line per interval, metrics.jsonl, TensorBoard or wandb
 """
 import argparse
 import json
@@ -26,11 +29,13 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.parametrize import ParametrizationList
 
 import model
 from lora import load_lora, merge_lora, save_lora
@@ -156,7 +161,7 @@ positive = number(1, 10 ** 9)                       # the type of a flag that co
 # The lowest and highest value of the flags of all scripts; whole numbers if both limits are.
 LIMITS = {flag: (low, high) for low, high, flags in (
     (1, 10 ** 9, "max_train_steps checkpointing_steps validation_steps log_steps checkpoints_total_limit"),
-    (1, 10 ** 9, "num_clips shard_size log_every checkpoint_every"),
+    (1, 10 ** 9, "num_clips shard_size log_every checkpoint_every overfit"),
     (2, 10 ** 9, "report_clips"),
     (0, 10 ** 9, "warmup_steps"),
     (1, 10 ** 6, "batch_size gradient_accumulation_steps"),
@@ -219,7 +224,8 @@ def command_line(description, memory_hint="try smaller sizes or batches", **sett
 
 # Flags that may change when a run resumes. All others must equal those of the checkpoint.
 FREE = ("output_dir max_train_steps device log_steps validation_steps checkpointing_steps workers cuda_graph "
-        "plain validation_teacher_steps checkpoints_total_limit resume_from_checkpoint").split()
+        "plain validation_teacher_steps checkpoints_total_limit resume_from_checkpoint keep_activations "
+        "report_to dry_run").split()
 
 
 def clip_flags(flag):
@@ -245,9 +251,13 @@ def training_flags(description, presets):
     flag("--max_train_steps", help="total number of steps, including those before a resume")
     flag("--batch_size", help="clips per step, over all processes")
     flag("--gradient_accumulation_steps", default=1, help="micro-batches per step and process")
+    flag("--keep_activations", action=on_off, default=False, help="with accumulation: run the student once, "
+         "not twice, per micro-batch; the activations of all micro-batches stay in memory until the G step")
     flag("--data", default="toy", help="toy, a folder or list of videos, or shards of `data.py encode`")
     clip_flags(flag)
     flag("--num_clips", help="toy clips to train on")
+    flag("--overfit", metavar="N", help="train on the first N clips only, as a test of the setup; the "
+         "sheets show these clips")
     flag("--learning_rate", help="learning rate of the student")
     flag("--lr_d", help="learning rate of the discriminator")
     flag("--warmup_steps", help="steps of linear warm-up of both learning rates")
@@ -262,7 +272,7 @@ def training_flags(description, presets):
     flag("--linear_g", action="store_true", help="the student's adversarial loss is -D, not relu(1 - D)")
     flag("--huber_c", default=0.001, help="c of the pseudo-Huber distance")
     flag("--gradient_checkpointing", action=on_off, default=False, help="recompute activations, save memory")
-    flag("--cuda_graph", action=on_off, default=False, help="record and replay steps; not with accumulation")
+    flag("--cuda_graph", action=on_off, default=False, help="record the steps on a GPU and replay them")
     flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
     flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if cuda else "no", help="no means fp32")
     flag("--device", help="cuda or cpu (default: cuda if available)")
@@ -272,6 +282,10 @@ def training_flags(description, presets):
     flag("--checkpointing_steps", help="steps between checkpoints")
     flag("--checkpoints_total_limit", default=2, help="number of checkpoints to keep")
     flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
+    flag("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="where to "
+         "send the log, besides metrics.jsonl; tensorboard: if it is installed")
+    flag("--dry_run", action="store_true", help="measure data, a step, memory and disk; print how long the "
+         "run will take; write no files")
     return parser
 
 
@@ -283,7 +297,10 @@ def start_training(parser, presets):
     parser.add_argument("-h", "--help", action="help", help="show the flags with the defaults of --preset")
     args = parser.parse_args()
     if not args.data:
-        parser.error("--preset paper trains on real clips: give --data, see `python data.py --help`")
+        parser.error(f"--preset {args.preset} trains on real clips: give --data, see `python data.py --help`")
+    args.num_clips = args.overfit or args.num_clips                     # of the toy world
+    if args.dry_run:
+        args.report_to, args.validation_teacher_steps = "none", 1
     world = start_world(args.device)
     if args.batch_size % (world.size * args.gradient_accumulation_steps):
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {world.size} processes times "
@@ -356,6 +373,13 @@ class MasterWeights:
         return {name: p.detach() for name, p in self.masters.items()}
 
 
+def trained_names(net, train):
+    """Names of the UNet's parameters that --train selects: LoRA, temporal transformer blocks, or all."""
+    temporal = ".temporal_transformer_blocks."
+    return [name for name, _ in net.named_parameters() if (
+        "lora" in train if ".lora_" in name else train == "all" or "temporal" in train and temporal in name)]
+
+
 @contextmanager
 def use_weights(net_weights, tensors):
     """Runs a network with other weights: inside, each parameter in `net_weights` has the data of the tensor
@@ -375,6 +399,17 @@ def use_weights(net_weights, tensors):
 def update_ema(ema, weights, decay):
     """ema <- decay ema + (1 - decay) weights, in place; both {name: fp32 tensor}. OSV section 4.2."""
     torch._foreach_lerp_(list(ema.values()), [weights[name] for name in ema], 1 - decay)
+
+
+@torch.no_grad()
+def power_iteration(disc):
+    """Does one power iteration of each spectral norm in the discriminator, and leaves it in eval mode, where
+    there are none. So a step has one, however many micro-batches and recordings it has."""
+    disc.train()
+    for weight in disc.modules():
+        if isinstance(weight, ParametrizationList):
+            weight()                            # in train mode, computing the weight includes an iteration
+    disc.eval()
 
 
 def finite_step(optimizer, parameters, max_norm):
@@ -421,6 +456,17 @@ def graph_memory():
     return stream, pool, first
 
 
+def start_gradients(parameters, buffers):
+    """Before the first micro-batch of a step, when .grad is None, makes zeroed `buffers` the gradients of
+    `parameters`. Later micro-batches add to them. A CUDA graph writes to fixed addresses, so these tensors
+    stay: the first call adds them to the list `buffers`."""
+    if parameters and parameters[0].grad is None:
+        buffers += [] if buffers else [torch.empty_like(p) for p in parameters]
+        torch._foreach_zero_(buffers)
+        for p, buffer in zip(parameters, buffers):
+            p.grad = buffer
+
+
 def cuda_graph(function, parameters=()):
     """A function that does the GPU work of `function` as one CUDA graph.
 
@@ -428,33 +474,33 @@ def cuda_graph(function, parameters=()):
     thousands: Python side effects stop after call 4. For small networks, launch overhead limits the speed.
 
     function takes tensors (the same shapes in each call) or None, and returns tensors that its next call
-    overwrites. parameters get gradients in it: their .grad is None before each call and set after it. All
-    graphs of a process share one memory pool, so they must be called in the same order in each step. A tensor
-    with gradient history, which one graph returns and another takes, must be the same tensor in each call.
+    overwrites. parameters get gradients in it: where .grad is None before a call, the gradients of this call,
+    otherwise the sum of both. Among several graphs with the same parameters, the same one must come first in
+    each step. All graphs of a process share one memory pool, so they must be called in the same order in each
+    step. A tensor with gradient history, which one graph returns and another takes, must be the same tensor
+    in each call; so with accumulation each micro-batch needs a pair of graphs for itself.
     """
     stream, pool, _ = graph_memory()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)                               # the default stream cannot be recorded
-    graph, parameters, calls = torch.cuda.CUDAGraph(), list(parameters), 0
-    inputs, outputs, grads = [], None, []
+    graph, parameters, buffers, calls = torch.cuda.CUDAGraph(), list(parameters), [], 0
+    inputs, outputs = [], None
 
     def run(*tensors):
-        nonlocal inputs, outputs, grads, calls
+        nonlocal inputs, outputs, calls
         calls += 1
+        start_gradients(parameters, buffers)
         if calls < 4:                           # the first calls compile kernels and choose algorithms
             return function(*tensors)
         if calls == 4:
             inputs = [t if t is None or t.requires_grad else t.clone() for t in tensors]
             with torch.cuda.graph(graph, pool, stream, "thread_local"):
                 outputs = function(*inputs)
-            grads = [p.grad for p in parameters]
         else:           # not at call 4, where autograd would report that a saved input has changed in place
             for own, given in zip(inputs, tensors):
                 if own is not given:
                     own.copy_(given)
         graph.replay()
-        for p, grad in zip(parameters, grads):
-            p.grad = grad
         return outputs
     return run
 
@@ -468,13 +514,14 @@ class Run:
     that --resume_from_checkpoint names.
 
     groups, optimizers: the state of the run, see checkpoint.collect; all else is a function of the step.
-    stop: from start_training. save_sheet(step) draws a sample sheet; only rank 0 calls it. `stopped` becomes
-    True after SIGTERM, when the checkpoint is written.
+    stop: from start_training. save_sheet(folder, step) draws a sample sheet and returns numbers for the log,
+    {name: number} or None; only rank 0 calls it. `stopped` becomes True after SIGTERM, when the checkpoint is
+    written.
     """
 
     def __init__(self, args, world, stop, groups, optimizers, save_sheet):
         self.args, self.world, self.stop, self.save_sheet = args, world, stop, save_sheet
-        self.stopped, self.bad_steps, self.skipped = False, 0, torch.zeros(())
+        self.stopped, self.bad_steps, self.skipped, self.measured = False, 0, torch.zeros(()), {}
         self.groups, self.optimizers = groups | {"count": {"skipped": self.skipped}}, optimizers
         self.config = {k: v for k, v in vars(args).items() if k not in FREE} | {"world_size": world.size}
         self.step, tensors = checkpoint.load_checkpoint(
@@ -482,19 +529,20 @@ class Run:
             partial(checkpoint.check_shapes, self.groups, optimizers))
         if tensors:
             checkpoint.restore(self.groups, optimizers, tensors)
-        if world.rank == 0:
+        if world.rank == 0 and not args.dry_run:
             checkpoint.rewind(args.output_dir, self.step)
         # All ranks draw the initial weights from the same seed. The average of equal numbers is that number.
         size = torch.stack([p.detach().norm() for group in groups.values() for p in group.values()]).sum()
         if any_rank((average(size.clone()) - size).abs() > 1e-6 * size, world.device):
             fail("the ranks drew different initial weights; their versions of torch or devices differ")
-        self.log = Log(args.output_dir, world, self.step, args.batch_size)
+        self.log = Log(args, world, self.step)
 
     def announce(self, net, masters, psi):
         """Prints how many parameters train, and the first step. psi: the parameters of the discriminator."""
         count = lambda tensors: sum(tensor.numel() for tensor in tensors)
+        self.num_parameters = count(net.parameters())
         if self.world.rank == 0:
-            print(f"{count(masters.values()):,d} of {count(net.parameters()):,d} parameters train, "
+            print(f"{count(masters.values()):,d} of {self.num_parameters:,d} parameters train, "
                   f"{count(psi.values()):,d} in the discriminator; from step {self.step}")
 
     def after_step(self, finite, **norms):
@@ -508,10 +556,11 @@ class Run:
             fail(f"gradients were not finite for 5 steps, until step {self.step}; start over (--resume_from_"
                  "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
         self.log.add(**norms)
-        if self.step % args.log_steps == 0:
-            self.log.write(self.step, skipped=int(self.skipped))
         if rank == 0 and self.step % args.validation_steps == 0:
-            self.save_sheet(self.step)
+            self.measured = self.save_sheet(args.output_dir, self.step) or {}
+        if self.step % args.log_steps == 0:
+            self.log.write(self.step, skipped=int(self.skipped), **self.measured)
+            self.measured = {}
         self.stopped = any_rank(self.stop, self.world.device)
         if self.stopped or self.step % args.checkpointing_steps == 0 or self.step == args.max_train_steps:
             if rank == 0:
@@ -535,18 +584,40 @@ def publish(folder, path, theta, disc_tensors, lora):
     print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
 
 
+WAITED = [0.0]              # seconds that this process has spent inside `waiting`
+
+
+@contextmanager
+def waiting():
+    """Counts the time inside a with statement as waiting for data, which the log shows as data_wait."""
+    start = time.perf_counter()
+    yield
+    WAITED[0] += time.perf_counter() - start
+
+
 class Log:
     """Writes one line per interval to the terminal, and as JSON to metrics.jsonl: means over the interval and
-    all ranks, speed and memory. Only rank 0 writes."""
+    all ranks, speed, memory and the time left. data_wait is the share of the time that steps waited for data.
+    logits_gap is logits_real - logits_fake: near 0 the discriminator cannot tell them apart. Only rank 0
+    writes. --report_to sends the same numbers to TensorBoard or wandb."""
 
-    def __init__(self, folder, world, step, batch_size):
-        self.world, self.file, self.board = world, folder / "metrics.jsonl", None
-        self.batch_size, self.step, self.clock = batch_size, step, time.perf_counter()
+    def __init__(self, args, world, step):
+        self.args, self.world, self.step = args, world, step
         self.totals = {}                                                # {name: (sum, number of values)}
-        if world.rank == 0:
+        self.clock, self.waited, self.report = time.perf_counter(), WAITED[0], None
+        if world.rank == 0 and args.report_to == "tensorboard":
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                board = SummaryWriter(str(args.output_dir / "tensorboard"), purge_step=step + 1)
+                self.report = lambda values, step: (
+                    [board.add_scalar(*value, step) for value in values.items()], board.flush())
+        elif world.rank == 0 and args.report_to == "wandb":
+            try:
+                import wandb
+            except ImportError as error:
+                raise ModelError("--report_to wandb: it is not installed; run `pip install wandb`") from error
+            folder = str(args.output_dir)
+            self.report = wandb.init(project="osv", group=folder, dir=folder, config=vars(args)).log
 
     def add(self, **values):
         """Sums up scalar tensors of a step or micro-batch, at once, because a CUDA graph overwrites them."""
@@ -556,21 +627,27 @@ class Log:
 
     def write(self, step, **more):
         """Writes the line of an interval and begins the next. more: numbers that are not averaged."""
+        now, num_steps = time.perf_counter(), step - self.step
+        share = (WAITED[0] - self.waited) / (now - self.clock)
+        self.add(data_wait=torch.tensor(share, device=self.world.device))
         means = torch.stack([(total / count).float() for total, count in self.totals.values()])
         values = dict(zip(self.totals, average(means).tolist()))                # over all ranks
-        seconds = (time.perf_counter() - self.clock) / (step - self.step)
-        self.clock, self.step, self.totals = time.perf_counter(), step, {}
+        seconds = (now - self.clock) / num_steps
+        self.clock, self.waited, self.step, self.totals = now, WAITED[0], step, {}
         if self.world.rank:
             return
-        values |= {"s_per_step": seconds, "clips_per_s": self.batch_size / seconds, **more}
+        if "loss_d" in values:
+            values["logits_gap"] = values["logits_real"] - values["logits_fake"]
+        values |= {"s_per_step": seconds, "clips_per_s": self.args.batch_size / seconds, **more}
         values["memory_gb"] = peak_memory(self.world.device)
-        print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()), flush=True)
-        with open(self.file, "a") as file:
+        left = seconds * (self.args.max_train_steps - step)
+        print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()),
+              f" left {timedelta(seconds=round(left))}", flush=True)
+        values["seconds_left"] = left
+        with open(self.args.output_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+        if self.report:
+            self.report(values, step=step)
 
 
 def peak_memory(device):

@@ -4,6 +4,7 @@ Each run is forked from a server that has imported torch and transformers once, 
 executes the script itself. The run under torchrun is a real command line.
 """
 import ast
+import copy
 import gc
 import inspect
 import json
@@ -20,6 +21,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import av
@@ -43,7 +45,7 @@ FLAGS = ("--preset toy_cpu --num_clips 8 --batch_size 2 --max_train_steps 10 --c
          "--lr_d 2e-4 --device cpu --mixed_precision no")
 SIX = "--max_train_steps 6 --checkpointing_steps 3 --validation_steps 100"
 LOSSES = ["loss_d", "loss_huber", "loss_adv"]
-MACHINE = {"s_per_step", "clips_per_s", "memory_gb"}            # metrics that differ from run to run
+MACHINE = {"s_per_step", "clips_per_s", "memory_gb", "data_wait", "seconds_left"}   # differ from run to run
 BOTH = pytest.mark.parametrize("stage", [1, 2])
 
 
@@ -316,8 +318,11 @@ def test_metrics_have_one_row_per_step(whole, stage):
     assert [row["step"] for row in rows] == list(range(1, 11))
     for row in rows:
         assert list(row) == ["step", "loss_d", "logits_real", "logits_fake", "loss_huber", "loss_adv",
-                             "grad_norm", "grad_norm_d", "s_per_step", "clips_per_s", "skipped", "memory_gb"]
+                             "grad_norm", "grad_norm_d", "data_wait", "logits_gap", "s_per_step",
+                             "clips_per_s", "skipped", "memory_gb", "seconds_left"]
         assert torch.tensor(list(row.values()), dtype=torch.float64).isfinite().all() and not row["skipped"]
+        assert row["logits_gap"] == row["logits_real"] - row["logits_fake"] and row["data_wait"] == 0
+        assert row["seconds_left"] == pytest.approx(row["s_per_step"] * (10 - row["step"]))
 
 
 def sheet(folder, step, rows):
@@ -597,9 +602,10 @@ runpy.run_path("train_stage1.py", run_name="__main__")
     assert_same_run(out, two[1])
 
 
-@BOTH
-def test_gradient_accumulation(train, whole, stage):
-    flags = f"{stage1_of(whole, stage)} --max_train_steps 3 --gradient_accumulation_steps 2"
+@pytest.mark.parametrize("stage, flags", [(1, "--keep_activations --gradient_checkpointing"), (2, "")])
+def test_gradient_accumulation(train, whole, stage, flags):
+    """With the activations of all micro-batches kept until the G step, and with a second forward pass."""
+    flags += f" {stage1_of(whole, stage)} --max_train_steps 3 --gradient_accumulation_steps 2"
     run = train(stage, flags, before=check_routes).wait()
     assert run.status == 0, run.stderr
     assert_same_losses(run.folder, whole[stage])
@@ -937,55 +943,125 @@ def test_restore_keeps_the_memory_format(tmp_path):
     assert torch.equal(*results)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class Tape:
+    """Stands for torch.cuda.CUDAGraph on a CPU. Recording leaves no gradients behind, and a replay does the
+    work again with the recorded inputs, and puts the results into the recorded outputs."""
+
+    newest = {}                                     # {id of a recorded output: its latest version}
+
+    def replay(self):
+        made = self.function(*[Tape.newest.get(id(x), x) for x in self.inputs])
+        for own, new in zip(self.outputs, made):
+            if new is not None:
+                own.data.copy_(new.data)
+                Tape.newest[id(own)] = new
+
+
+def fake_graphs(patch, parameters):
+    """Replaces CUDA graphs by tapes -> the recorder to use in place of engine.cuda_graph. parameters: all
+    that may have gradients."""
+    @contextmanager
+    def recording(tape, *_):
+        grads = [p.grad if p.grad is None else p.grad.clone() for p in parameters]
+        tapes.append(tape)
+        yield
+        tapes.pop()
+        for p, grad in zip(parameters, grads):
+            p.grad = grad if p.grad is None or grad is None else p.grad.copy_(grad)
+
+    def record(function, own_parameters):
+        def taped(*inputs):
+            outputs = function(*inputs)
+            for tape in tapes:
+                tape.function, tape.inputs, tape.outputs = function, inputs, outputs
+            return outputs
+        return engine.cuda_graph(taped, own_parameters)
+
+    tapes, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+    Tape.newest.clear()
+    patch.setattr(engine, "graph_memory", lambda: (stream, None, None))
+    for name, stand_in in (("CUDAGraph", Tape), ("graph", recording), ("current_stream", lambda: None),
+                           ("set_stream", lambda stream: None)):
+        patch.setattr(torch.cuda, name, stand_in)
+    return record
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_recorded_steps_are_the_same_steps(checkpointed):
-    """Two networks as in the scripts: one forward pass serves both steps, and only the network that a step
-    trains has gradients. Activations are checkpointed as in the UNet."""
-    def play(record):
+@pytest.mark.parametrize("parts, keep", [(1, True), (3, True), (3, False), (8, False)])
+def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, parts, keep):
+    """Two networks as in the scripts: gradients of several micro-batches add up in place. keep: one forward
+    pass serves both steps, and each micro-batch has graphs of its own. Only the network that a step trains
+    has gradients. Activations are checkpointed as in the UNet. On a CPU, tapes stand for the graphs."""
+    def play(recorded):
         torch.manual_seed(0)
-        net, disc = torch.nn.Linear(4, 4).cuda(), torch.nn.Linear(4, 1).cuda()
-        calls, seen = [], []
+        net, disc = torch.nn.Linear(4, 4).to(device), torch.nn.Linear(4, 1).to(device)
+        everything, calls, seen, places = [*net.parameters(), *disc.parameters()], [], [], []
+
+        def forward(x):
+            if not (checkpointed and torch.is_grad_enabled()):
+                return net(x)
+            return torch_checkpoint.checkpoint(net, x.detach().requires_grad_(), use_reentrant=True,
+                                               preserve_rng_state=False)
 
         def d_step(x, nothing):
             calls.append("d")
-            if checkpointed:
-                y = torch_checkpoint.checkpoint(net, x.detach().requires_grad_(), use_reentrant=True,
-                                                preserve_rng_state=False)
-            else:
-                y = net(x)
-            loss = disc(y.detach()).square().mean() - x.mean()
+            with torch.set_grad_enabled(keep):
+                y = forward(x)
+            loss = (disc(y.detach()).square().mean() - x.mean()) / parts
             loss.backward()
-            return y, loss.detach()
+            return y if keep else None, loss.detach()
 
         def g_step(y, x):
             calls.append("g")
-            loss = (disc(y) - x).square().mean()
+            loss = (disc(forward(x) if y is None else y) - x).square().mean() / parts
             loss.backward()
-            return loss.detach()
+            return None, loss.detach()
 
-        d_step, g_step = record(d_step, disc.parameters()), record(g_step, net.parameters())
+        record = (lambda function, parameters: function) if not recorded else (
+            fake_graphs(monkeypatch, everything) if device == "cpu" else engine.cuda_graph)
+        copies, uses = (parts, 1) if keep else (1, parts)
+        d_steps = [record(d_step, disc.parameters()) for _ in range(copies)] * uses
+        g_steps = [record(g_step, net.parameters()) for _ in range(copies)] * uses
         for _ in range(8):
-            x = torch.randn(3, 4).cuda()
-            y, loss = d_step(x, None)
+            batches, ys = [torch.randn(3, 4).to(device) for _ in range(parts)], [None] * parts
             for mover, other in ((disc, net), (net, disc)):
+                disc.requires_grad_(mover is disc)
+                for i, x in enumerate(batches):
+                    if mover is disc:
+                        ys[i], loss = d_steps[i](x, None)
+                    else:
+                        _, loss = g_steps[i](ys[i], x)
+                    seen.append(loss.item())
                 assert all(p.grad is None for p in other.parameters())
+                places.append(tuple(p.grad.data_ptr() for p in mover.parameters()))
                 torch.optim.SGD(mover.parameters(), lr=0.1).step()
                 mover.zero_grad(set_to_none=True)
-                seen += [loss.item()]
-                if mover is disc:
-                    disc.requires_grad_(False)
-                    loss = g_step(y, x)
-            disc.requires_grad_(True)
-        return seen, len(calls)
+        return seen, len(calls), len(set(places))
 
-    stream = torch.cuda.current_stream()
+    stream = torch.cuda.current_stream() if device == "cuda" else None
     try:
-        plain, all_calls = play(lambda function, parameters: function)
-        recorded, calls = play(engine.cuda_graph)
+        plain, all_calls, _ = play(recorded=False)
+        recorded, calls, places = play(recorded=True)
     finally:
-        torch.cuda.set_stream(stream)
-    assert recorded == plain and len(set(plain)) == 16 and (all_calls, calls) == (16, 8)
+        if stream:
+            torch.cuda.set_stream(stream)
+    assert recorded == plain and len(set(plain)) == len(plain) == all_calls == 16 * parts
+    assert places == 2                              # the gradients of either network never move
+    assert device == "cpu" or calls == 2 * 4 * (parts if keep else 1)
+
+
+def test_one_power_iteration_per_step():
+    """It is the one that a forward pass in train mode does, and leaves the frozen networks as they are."""
+    disc = torch.nn.ModuleDict({"a": torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 5, 1)),
+                                "b": torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 2))})
+    other = copy.deepcopy(disc)
+    weights = [layer.train().weight.clone() for layer in other.values()]
+    engine.power_iteration(disc)
+    assert not disc["a"].training and equal(disc.state_dict(), other.state_dict())
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(disc.values(), weights))
+    assert equal(disc.state_dict(), other.state_dict())             # computing a weight in eval mode: none
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
