@@ -41,7 +41,7 @@ PRESETS = {
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
                   validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
-# The same in one night on one GPU, clip after clip: on one of 80 GB, and on one of 24 GB.
+# The same on one GPU, of 80 or of 24 GB: the gradients of eight clips add up, one clip after the other.
 PRESETS["one_gpu"] = PRESETS["paper"] | dict(gradient_accumulation_steps=8, keep_activations=True)
 PRESETS["one_gpu_24gb"] = PRESETS["one_gpu"] | dict(keep_activations=False, cuda_graph=False)
 
@@ -84,8 +84,6 @@ if world.rank == 0:                                                 # draws the 
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 
-# ---- Optimisers and resume ------------------------------------------------------------------------------
-
 
 def save_sheet(folder, step):
     """Writes a sample sheet. With --overfit, returns the PSNR of one step against its clips, in dB."""
@@ -95,6 +93,8 @@ def save_sheet(folder, step):
         mse = (frames - sheets.fixed_rows[0]).square().mean()                   # of frames in [-1, 1]
         return {"psnr": (10 * (4 / mse).log10()).item()}
 
+
+# ---- Optimisers and resume ------------------------------------------------------------------------------
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
@@ -156,7 +156,7 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
 d_steps, g_steps, power_iteration = [d_step] * parts, [g_step] * parts, lambda: engine.power_iteration(disc)
 if args.cuda_graph and device.type == "cuda":
     power_iteration = engine.cuda_graph(power_iteration)
-    # Activations that wait for the G step stay in their graph's memory: then each micro-batch has own graphs.
+    # Activations that wait for the G step are in their graph's memory, so each micro-batch has graphs then.
     copies, uses = (parts, 1) if one_forward else (1, parts)
     d_steps = [engine.cuda_graph(d_step, psi.values()) for _ in range(copies)] * uses
     g_steps = [engine.cuda_graph(g_step, theta.net_weights.values()) for _ in range(copies)] * uses

@@ -32,7 +32,7 @@ def reading_rate(latents):
         pass
     rate, bad = NUM_CLIPS / (time.perf_counter() - start), list(clips.bad.values()) if clips else []
     return rate, f"{NUM_CLIPS} clips read, {rate:.3g} a second in each process" + (
-        f"; {len(bad)} bad videos, {bad[0]['path']}: {bad[0]['reason']}" if bad else "")
+        f"; bad videos: {len(bad)}, {bad[0]['path']}: {bad[0]['reason']}" if bad else "")
 
 
 def require_space(folder, needed):

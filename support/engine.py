@@ -602,9 +602,9 @@ class Log:
     writes. --report_to sends the same numbers to TensorBoard or wandb."""
 
     def __init__(self, args, world, step):
-        self.args, self.world, self.step = args, world, step
+        self.args, self.world, self.step, self.first, self.report = args, world, step, step, None
         self.totals = {}                                                # {name: (sum, number of values)}
-        self.clock, self.waited, self.report = time.perf_counter(), WAITED[0], None
+        self.clock, self.start, self.waited = *(2 * [time.perf_counter()]), WAITED[0]
         if world.rank == 0 and args.report_to == "tensorboard":
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
@@ -640,7 +640,8 @@ class Log:
             values["logits_gap"] = values["logits_real"] - values["logits_fake"]
         values |= {"s_per_step": seconds, "clips_per_s": self.args.batch_size / seconds, **more}
         values["memory_gb"] = peak_memory(self.world.device)
-        left = seconds * (self.args.max_train_steps - step)
+        # From the mean of all steps of this process: sample sheets and checkpoints count.
+        left = (now - self.start) / (step - self.first) * (self.args.max_train_steps - step)
         print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()),
               f" left {timedelta(seconds=round(left))}", flush=True)
         values["seconds_left"] = left

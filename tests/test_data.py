@@ -1,11 +1,14 @@
 """toy/world.py: clips are pure functions of (seed, index), values are in range, the motion bucket is the
 speed, frame 0 does not show the direction of motion."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import data
+import model
 from support import engine, media
 from toy import world
 
@@ -111,3 +114,16 @@ def test_contact_sheet():
     assert sheet.dtype == torch.uint8 and sheet.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
     assert (sheet[2:10, 2:10] == 128).all() and (sheet[12:20, 22:30] == 255).all()
     assert (sheet[:2] == 255).all() and (sheet[:, -2:] == 255).all()
+
+
+def test_overfit_repeats_the_first_clips(pipeline_folder, tmp_path):
+    """--overfit 2: clips 0 and 1 for ever, also on the sheets. Whatever the data, they are encoded once."""
+    nets = model.load_vae(pipeline_folder), model.load_image_encoder(pipeline_folder)
+    unet = SimpleNamespace(config={"block_out_channels": [32, 32], "cross_attention_dim": 24,
+                                   "in_channels": 8, "sample_size": 4, "num_frames": 2})
+    args = dict(output_dir=tmp_path, data="toy", seed=0, num_clips=3, batch_size=2, width=None, height=None)
+    every, _ = data.open_training_data(SimpleNamespace(**args), *nets, unet, 2, 0)
+    few, (x0, cond) = data.open_training_data(SimpleNamespace(**args, overfit=2), *nets, unet, 2, 0)
+    repeated = every.take(torch.tensor([0, 1, 0, 1]))
+    for found in (few.take(torch.tensor([2, 7, 4, 1])), (x0, cond)):
+        assert torch.equal(found[0], repeated[0]) and all(map(torch.equal, found[1], repeated[1]))
