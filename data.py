@@ -18,6 +18,7 @@ added to a skip list, and training goes on with another file.
     $ python data.py check VIDEOS --out good.jsonl              # lists the files that can be decoded
     $ python data.py preview VIDEOS --out sheet.png             # draws the clips that training will get
     $ python data.py encode VIDEOS --model M --out SHARDS       # encodes all clips once; resumes; or torchrun
+    $ python data.py encode VIDEOS --model M --dry_run          # says how long that takes and how much space
 """
 import csv
 import hashlib
@@ -489,6 +490,8 @@ def main():
     args = parser.parse_args()
     if args.width % 8 or args.height % 8:
         parser.error(f"--width {args.width} --height {args.height}: sizes must be multiples of 8")
+    if args.dry_run and args.command != "encode":
+        parser.error("--dry_run is for encode")
     function, out = modes[args.command]
     function(args, args.out or Path(out))
 

@@ -3,6 +3,7 @@ OSV (arXiv 2409.11367), Eqs. 6 and 7.
 
     $ python train_stage1.py                                    # toy world; minutes on a CPU
     $ torchrun --standalone --nproc_per_node=8 train_stage1.py --preset paper --data OpenVid-1M.csv
+    $ python train_stage1.py --preset one_gpu --data OpenVid-1M.csv --dry_run       # hours, memory, disk
 
 Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is x0, fake is f_theta(x_t, sigma_t).
 

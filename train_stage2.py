@@ -4,6 +4,7 @@ OSV (arXiv 2409.11367), Eqs. 8 to 10.
     $ python train_stage2.py                                    # after train_stage1.py; toy world
     $ python train_stage2.py --stage1 none --adv_weight 0 --num_solver_steps 1 --train all \\
           --output_dir out/lcm                                      # AnimateLCM
+    $ python train_stage2.py --preset one_gpu --data OpenVid-1M.csv --dry_run       # hours, memory, disk
 
 Roles: theta = net, theta^- = ema, phi = teacher_weights, psi = disc. The first three are one UNet in memory,
 into which engine.use_weights puts the few weights that differ. Real is f_theta^-(x_s, sigma_s): the teacher

@@ -45,6 +45,11 @@ def require_space(folder, needed):
     return free
 
 
+def device_name(world):
+    """GPU, CPU or MPS."""
+    return world.device.type.replace("cuda", "gpu").upper()
+
+
 def say(**lines):
     """Prints a line for each topic."""
     print(*(f"{topic:7s} {line}" for topic, line in lines.items()), sep="\n", flush=True)
@@ -97,7 +102,7 @@ class DryRun:
         needed = (args.checkpoints_total_limit + 1) * size + sheets * sheet + 2 * run.num_parameters + sum(
             p.nbytes for name in ("theta", "psi") for p in run.groups[name].values())
         free = require_space(args.output_dir, needed - there)
-        reading, kind = args.batch_size / world.size / self.rate, world.device.type
+        reading, kind = args.batch_size / world.size / self.rate, device_name(world)
         total = {"data": max(0, reading - own) * self.num_steps, kind: own * self.num_steps,
                  "disk": saving * saves, "samples": drawing * sheets}
         say(data=f"{self.data}; {args.batch_size / world.size / own:.3g} are needed",
@@ -117,7 +122,7 @@ def encode(source, out, num_clips, world):
     start, waited = time.perf_counter(), engine.WAITED[0]
     encoded = [tensor.cpu() for tensor in source.encode(torch.arange(1, 4))]            # waits for the GPU
     own = (time.perf_counter() - start - engine.WAITED[0] + waited) / 3
-    needed, kind = num_clips * sum(tensor.nbytes for tensor in encoded) / 3, world.device.type
+    needed, kind = num_clips * sum(tensor.nbytes for tensor in encoded) / 3, device_name(world)
     free = require_space(out, needed)
     if world.rank == 0:
         say(data=f"{read}; {1 / own:.3g} are needed",

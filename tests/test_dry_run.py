@@ -72,7 +72,7 @@ def lines(capsys):
     return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
 
 
-@pytest.mark.parametrize("seconds, limit", [(0.001, "data"), (0.06, "cpu")])
+@pytest.mark.parametrize("seconds, limit", [(0.001, "data"), (0.06, "CPU")])
 def test_the_summary_says_what_limits_the_run(tmp_path, capsys, seconds, limit):
     """Waiting for data and computing are told apart, whichever is longer. A slow computer may add to both."""
     run = steps(dryrun.DryRun(fake_run(tmp_path), Slow()), Slow(), seconds)
@@ -138,6 +138,12 @@ def test_encode(tmp_path, videos, pipeline_folder, monkeypatch, capsys):
         encode(monkeypatch, pipeline_folder, videos, out)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and f"{tmp_path}: 1e-08 GB are free" in said and not out.exists()
+
+
+def test_other_commands_have_no_dry_run(tmp_path, videos, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "check", videos, "--out", tmp_path / "good.jsonl", "--dry_run")
+    assert stop.value.code == 2 and "--dry_run is for encode" in capsys.readouterr().err
 
 
 def test_encode_without_a_good_video(tmp_path, videos, pipeline_folder, monkeypatch, capsys):
