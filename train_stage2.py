@@ -15,6 +15,7 @@ disc.safetensors, from which stage 2 can start, and merged/, a UNet folder for `
 same command again resumes. `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ PRESETS = {
     "toy": dict(batch_size=64, num_clips=20000, max_train_steps=2100, learning_rate=2e-4, lr_d=1e-3,
                 warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
                 real="data", guidance=[1.0] * 4, validation_steps=300, checkpointing_steps=300, log_steps=50),
-    # The paper's setting: SVD on 2 GPUs, with your own --data. Where the paper is silent, see the README.
+    # The paper's setting: SVD on 2 GPUs, with your own --data. Where it is silent: docs/decisions.md.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=576, height=320, batch_size=2, max_train_steps=20000, learning_rate=5e-6, lr_d=1e-5,
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
@@ -184,14 +185,15 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-d_steps, g_steps, power_iteration = [d_step] * parts, [g_step] * parts, lambda: engine.power_iteration(disc)
+# A function for each micro-batch, because activations that wait for the G step stay in the memory of their
+# CUDA graph.
+d_steps, g_steps = [d_step] * parts, [g_step] * parts
+power_iteration = partial(engine.power_iteration, disc)
 if args.cuda_graph and device.type == "cuda":
     distil = engine.cuda_graph(distil)
     power_iteration = engine.cuda_graph(power_iteration)
-    # Activations that wait for the G step are in their graph's memory, so each micro-batch has graphs then.
-    copies, uses = (parts, 1) if one_forward else (1, parts)
-    d_steps = [engine.cuda_graph(d_step, psi.values()) for _ in range(copies)] * uses
-    g_steps = [engine.cuda_graph(g_step, theta.net_weights.values()) for _ in range(copies)] * uses
+    d_steps = engine.cuda_graphs(d_step, psi.values(), parts, shared=not one_forward)
+    g_steps = engine.cuda_graphs(g_step, theta.net_weights.values(), parts, shared=not one_forward)
 
 # ---- Loop -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@
     use_weights, update_ema             other weights in the same network; exponential moving average
     power_iteration                     the spectral norm of the discriminator, once per step
     finite_step, set_learning_rate      all-reduce, clip and step if all gradients are finite; the schedule
-    cuda_graph                          the GPU work of a function, recorded once and replayed
+    cuda_graph, cuda_graphs             the GPU work of a function, recorded once and replayed
     Run                                 resumes a run; writes log lines, sample sheets and checkpoints
     publish                             the files for stage 2 and for sampler.py
     waiting                             measures the time that a step waits for data
@@ -503,6 +503,13 @@ def cuda_graph(function, parameters=()):
         graph.replay()
         return outputs
     return run
+
+
+def cuda_graphs(function, parameters, count, shared):
+    """`count` functions like cuda_graph(function, parameters), one for each micro-batch of a step. shared:
+    all are the same graph, which then must not return activations that are still needed in its next call."""
+    return [cuda_graph(function, parameters)] * count if shared else \
+        [cuda_graph(function, parameters) for _ in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1046,9 +1046,9 @@ def fake_graphs(patch, parameters):
             for tape in tapes:
                 tape.function, tape.inputs, tape.outputs = function, inputs, outputs
             return outputs
-        return engine.cuda_graph(taped, own_parameters)
+        return cuda_graph(taped, own_parameters)
 
-    tapes, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+    tapes, cuda_graph, stream = [], engine.cuda_graph, SimpleNamespace(wait_stream=lambda other: None)
     Tape.newest.clear()
     patch.setattr(engine, "graph_memory", lambda: (stream, None, None))
     for name, stand_in in (("CUDAGraph", Tape), ("graph", recording), ("current_stream", lambda: None),
@@ -1090,11 +1090,13 @@ def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, pa
             loss.backward()
             return None, loss.detach()
 
-        record = (lambda function, parameters: function) if not recorded else (
-            fake_graphs(monkeypatch, everything) if device == "cpu" else engine.cuda_graph)
-        copies, uses = (parts, 1) if keep else (1, parts)
-        d_steps = [record(d_step, disc.parameters()) for _ in range(copies)] * uses
-        g_steps = [record(g_step, net.parameters()) for _ in range(copies)] * uses
+        d_steps, g_steps = [d_step] * parts, [g_step] * parts
+        with monkeypatch.context() as patch:
+            if recorded and device == "cpu":
+                patch.setattr(engine, "cuda_graph", fake_graphs(monkeypatch, everything))
+            if recorded:
+                d_steps = engine.cuda_graphs(d_step, disc.parameters(), parts, shared=not keep)
+                g_steps = engine.cuda_graphs(g_step, net.parameters(), parts, shared=not keep)
         for _ in range(8):
             batches, ys = [torch.randn(3, 4).to(device) for _ in range(parts)], [None] * parts
             for mover, other in ((disc, net), (net, disc)):
