@@ -2,8 +2,8 @@
 
     $ python tests/test_tour.py         # runs it with its full numbers and keeps the outputs; minutes
 
-Each code cell keeps a fingerprint of the code that made its outputs: the code cells up to and including this
-one, and those of our functions that they name. Code that these functions call in turn is not followed.
+Each code cell keeps a fingerprint of what made its outputs: the code cells up to and including this one, our
+functions that they name, and the toy weights. What these functions call in turn is not followed.
 """
 import ast
 import hashlib
@@ -51,7 +51,8 @@ def named_code(source):
 
 def fingerprints(notebook):
     """One per code cell."""
-    source, found = "", []
+    weights = b"".join(path.read_bytes() for path in sorted((ROOT / "assets/toy").rglob("*.safetensors")))
+    source, found = hashlib.sha256(weights).hexdigest(), []
     for cell in code_cells(notebook):
         source += cell.source + "\n"
         found.append(hashlib.sha256((source + named_code(source)).encode()).hexdigest()[:16])
