@@ -222,8 +222,8 @@ while run.step < args.max_train_steps and not run.stopped:
         loss_huber, loss_adv = g_steps[i](
             x0_preds[i], batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
+        theta.grads_to_masters()
     disc.requires_grad_(True)
-    theta.grads_to_masters()
     norm, finite = engine.finite_step(opt, theta.masters.values(), args.max_grad_norm)
     theta.copy_to_net()
 

@@ -357,11 +357,14 @@ class MasterWeights:
 
     @torch.no_grad()
     def grads_to_masters(self):
-        """Moves the network's gradients to the masters, in fp32. One foreach call makes all copies."""
+        """Moves the network's gradients to the masters and adds them to those that are there, in fp32. Call
+        it after each micro-batch: a sum in bf16 loses small gradients. A foreach call copies all at once."""
         net_weights, masters = list(self.net_weights.values()), list(self.masters.values())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net_weights]
         grads_fp32 = [torch.empty_like(master) for master in masters]
         torch._foreach_copy_(grads_fp32, grads)
+        if masters[0].grad is not None:
+            torch._foreach_add_(grads_fp32, [master.grad for master in masters])
         for p, master, grad in zip(net_weights, masters, grads_fp32):
             p.grad, master.grad = None, grad
 

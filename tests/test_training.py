@@ -954,10 +954,21 @@ def test_masters_keep_updates_that_bf16_rounds_away():
         weights.grads_to_masters()
         with torch.no_grad():
             weights.masters["weight"] -= 1e-3 * weights.masters["weight"].grad
+        weights.masters["weight"].grad = None
         weights.copy_to_net()
     assert weights.masters["weight"].item() == pytest.approx(0.9, abs=1e-5)
     assert net.weight.dtype == torch.bfloat16 and net.weight.item() == pytest.approx(0.9, abs=2 ** -8)
     assert net.weight.grad is None
+
+
+def test_gradients_of_micro_batches_add_up_in_fp32():
+    """In bf16, 1 + 2^-9 is 1, however often it is added."""
+    net = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    weights = engine.MasterWeights(net, ["weight"])
+    for x in [1.0] + 8 * [2.0 ** -9]:
+        net(torch.full((1, 1), x).bfloat16()).sum().backward()
+        weights.grads_to_masters()
+    assert weights.masters["weight"].grad.item() == 1 + 2 ** -6 and net.weight.grad is None
 
 
 def two_parameters():
