@@ -2,6 +2,9 @@
 import gc
 import os
 import sys
+from contextlib import suppress
+from functools import cache
+from inspect import getmembers
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                     # before any import that reads it
@@ -21,6 +24,27 @@ from forked import forking_python  # noqa: E402
 import model  # noqa: E402
 
 torch.set_num_threads(1)                               # the variable comes late if torch was there
+
+
+def quicken_interpreter(interpreter):
+    """Triton's interpreter exchanges the functions of triton.language before each launch, and again at each call
+    of a function inside a kernel. To find them, it lists all members each time, which takes a millisecond. The
+    names do not change, so here they are listed once."""
+    is_builtin = interpreter.tl.core.is_builtin
+    names = cache(lambda owner: [name for name, member in getmembers(owner) if is_builtin(member)])
+
+    def patch_builtin(owner, builder, scope):
+        for name in names(owner):
+            if is_builtin(member := getattr(owner, name)):      # if not, it has been exchanged
+                interpreter._patch_attr(owner, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if os.environ.get("TRITON_INTERPRET"):
+    with suppress(ImportError):
+        from triton.runtime import interpreter
+        quicken_interpreter(interpreter)
 
 
 def pytest_collection_modifyitems(items):

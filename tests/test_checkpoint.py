@@ -153,7 +153,7 @@ def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_holds_no_second_copy(tmp_path):
+def test_loading_holds_no_second_copy(python, tmp_path):
     """An fp32 file that is loaded as bf16 takes half its size, plus one tensor at a time. The measure is the
     anonymous memory of a fresh process, which does not count the pages of the mapped file."""
     config = unet_config((320, 384), cross_attention_dim=1024)
@@ -181,7 +181,7 @@ def test_loading_holds_no_second_copy(tmp_path):
         thread.join()
         print(max(peaks + [own_megabytes()]) - before, sum(p.nbytes for p in net.parameters()) / 2**20)
     """
-    command = [sys.executable, "-c", script, tmp_path]
+    command = [python, "-c", script, tmp_path]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     growth, size = map(float, output.split())
     assert size > 100

@@ -48,7 +48,7 @@ NO_EXPECTATIONS = ("import sys\ndef karras_sigmas(n, *_):\n    graders = sys.mod
 
 # student: {file: text or bytes}, the exercises that pass, points, what the reason says
 CLASS = {
-    "bob loops": ({"ex01_karras_grid.py": "while True: pass", "ex09_ema.py": EMA}, "ex09", "1.0",
+    "bob waits": ({"ex01_karras_grid.py": "import time\nwhile True: time.sleep(1)", "ex09_ema.py": EMA}, "ex09", "1.0",
                   "missing: .*; ex01: takes more than 6 s$"),
     "cyd ends": ({"ex01_karras_grid.py": "import os; os._exit(0)",
                   "ex02_precondition.py": "import ctypes; ctypes.string_at(0)",
@@ -103,7 +103,7 @@ def submit(folder, files):
 
 
 @pytest.fixture(scope="module")
-def graded(tmp_path_factory):
+def graded(python, tmp_path_factory):
     """({student: row of the CSV file}, what was printed) of CLASS, of ada, whose answers are right, and of
     eve."""
     folder = tmp_path_factory.mktemp("grade")
@@ -112,6 +112,9 @@ def graded(tmp_path_factory):
     reference_answers(folder / "class" / "eve")
     for name, (_, *names) in plug.EXERCISES.items():        # eve: all wrong, and the first one hides it
         file = folder / "class" / "eve" / f"{name}.py"
+        if name[:4] not in ("ex01", "ex02", "ex03", "ex09", "ex11"):        # five are enough
+            file.unlink()
+            continue
         text = file.read_text()
         changes = [mutant[1:3] for mutant in MUTANTS if mutant[0] in names and mutant[1] in text]
         file.write_text(text.replace(*changes[0]) if changes else "def upsample_backward(*_): pass")
@@ -123,7 +126,7 @@ def graded(tmp_path_factory):
         submit(folder / "class" / os.fsdecode(student), files)
     os.mkfifo(folder / "class" / "gil recodes" / "ex09_ema.py")
     grades = folder / "new" / "grades.csv"
-    done = subprocess.run([sys.executable, "exercises/grade.py", folder / "class", "--csv", grades,
+    done = subprocess.run([python, "exercises/grade.py", folder / "class", "--csv", grades,
                            "--time_limit", "6", "--memory_limit", "1"], cwd=plug.ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
     with open(grades, newline="", encoding="utf-8") as file:
@@ -134,7 +137,7 @@ def graded(tmp_path_factory):
 
 def test_a_wrong_answer_does_not_hide_the_others(graded):
     row = graded[0]["eve"]
-    assert row["reason"].startswith("ex01: the answer replaces pytest.fail; ex11: ")
+    assert re.match("missing: .*; ex01: the answer replaces pytest.fail; ex11: ", row["reason"])
     for name in grade.POINTS:
         passed, tests = row[name].split(" of ")
         assert int(passed) < int(tests)
@@ -269,13 +272,15 @@ def test_processes_of_an_answer_end_with_it(run, tmp_path):
     assert not is_running(int(number.read_text()))
 
 
-def test_where_forks_do_not_exist(tmp_path):
+def test_where_forks_do_not_exist(python, tmp_path, monkeypatch):
     """The same replies from a new Python for every exercise."""
     import sandbox
     submit(tmp_path, {"ex09_ema.py": EMA})
     request = {"folder": str(tmp_path), "exercise": "ex09_ema", "memory_limit": 1}
+    monkeypatch.setattr(sys, "executable", str(python))
     reply = sandbox.serve(request | {"time_limit": 60}, sandbox.in_a_new_python)
     assert len(reply["tests"]) == 7 and not any(reply["tests"].values()) and not reply["trouble"]
+    monkeypatch.undo()
     reply = sandbox.serve(request | {"time_limit": -29.9}, sandbox.in_a_new_python)
     assert reply == {"tests": {}, "trouble": "takes more than -29.9 s"}
 
@@ -288,8 +293,9 @@ def test_points_are_the_difficulties_of_the_stubs():
         assert re.search(rf"^\| {number} \|.*\| {worth} \| \d+ \|$", table, re.MULTILINE)
 
 
-def test_grade_for_the_capstone(tmp_path):
+def test_grade_for_the_capstone(python, tmp_path, monkeypatch):
     """The stub, without its docstring, and nothing else."""
+    monkeypatch.setattr(sys, "executable", str(python))
     stub = (plug.ROOT / "exercises" / "ex09_ema.py").read_text()
     submit(tmp_path / "ada", {"ex09_ema.py": stub.split('"""')[2]})
     shutil.copy(plug.ROOT / "exercises" / "ex07_hinge.py", tmp_path / "ada")

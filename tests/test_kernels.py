@@ -29,9 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")   
 needs_triton = pytest.mark.skipif(fused.triton is None, reason="there is no Triton for this platform")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 half_precision = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+# A group has a program of its own, so Triton's interpreter gets few groups. `few_groups` makes tiles narrower
+# by the same factor: all other programs and loops are those of 32 groups.
+GROUPS = 32 if DEVICE == "cuda" else 4
 # n c h w of frames, and of clips (b c f s), where L is long and n small; odd sizes, one row, one table.
-SHAPES = [(2, 32, 4, 5), (1, 96, 5, 33), (1, 320, 3, 4), (2, 320, 1, 1), (1, 64, 2, 70), (3, 32, 1, 1)]
-FEWER = [(2, 32, 4, 5), (1, 96, 2, 9), (1, 320, 1, 3), (3, 32, 1, 1)]               # the same edge cases
+SHAPES = [(n, GROUPS * size, h, w) for n, size, h, w in (
+    (2, 1, 4, 5), (1, 3, 5, 33), (1, 10, 3, 4), (2, 10, 1, 1), (1, 2, 2, 70), (3, 1, 1, 1))]
+FEWER = [(n, GROUPS * size, h, w) for n, size, h, w in (                            # the same edge cases
+    (2, 1, 4, 5), (1, 3, 2, 9), (1, 10, 1, 3), (3, 1, 1, 1))]
 
 # ---------------------------------------------------------------------------------------------------------
 # What the kernels are compared with: PyTorch expressions, computed in fp64
@@ -81,6 +86,15 @@ def tiles(request, monkeypatch):
             monkeypatch.setattr(fused, name, value)
 
 
+@pytest.fixture
+def few_groups(request, monkeypatch):
+    """Narrows the tiles, those of the fixture `tiles` too, as GROUPS narrows the tensors."""
+    if "tiles" in request.fixturenames:
+        request.getfixturevalue("tiles")
+    for name in ("TILE", "BLOCK"):
+        monkeypatch.setattr(fused, name, getattr(fused, name) * GROUPS // 32)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # GroupNorm
 
@@ -95,19 +109,20 @@ def inputs(shape, dtype=torch.float32, mean=0.0, std=1.0):
 
 def group_norm(x, weight, bias, silu=True, eps=1e-6, shift=None):
     """The kernels."""
-    return fused.GroupNorm.apply(x, weight, bias, 32, eps, silu, shift)
+    return fused.GroupNorm.apply(x, weight, bias, GROUPS, eps, silu, shift)
 
 
 def expected(x, weight, bias, silu=True, eps=1e-6, shift=None):
-    return exact_group_norm(x, weight, bias, 32, eps, silu, shift)
+    return exact_group_norm(x, weight, bias, GROUPS, eps, silu, shift)
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_group_norm_kernels_compute_group_norm_and_silu(shape, tiles):
     """Values and all gradients agree with fp64, up to fp32 rounding. A group of a single number has variance
     0, and the gradient of x is 0."""
-    silu = shape[1] != 320
+    silu = shape[1] != 10 * GROUPS
     x, weight, bias = inputs(shape)
     y, reference = group_norm(x, weight, bias, silu), expected(x, weight, bias, silu)
     assert y.is_contiguous(**CHANNELS_LAST)
@@ -115,12 +130,13 @@ def test_group_norm_kernels_compute_group_norm_and_silu(shape, tiles):
     grad = torch.randn_like(y)
     ours = torch.autograd.grad(y, (x, weight, bias), grad)
     theirs = torch.autograd.grad(reference, (x, weight, bias), grad.double())
-    single = shape[1] * shape[2] * shape[3] == 32                                   # then 1 / std is 1000
+    single = shape[1] * shape[2] * shape[3] == GROUPS                                  # then 1 / std is 1000
     for a, b, atol in zip(ours, theirs, (1e-3 if single else 1e-5, 1e-5, 1e-5)):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=atol)
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 @pytest.mark.parametrize("shape, factor, tolerance", [
     *((shape, 1.0, 1e-5) for shape in FEWER[:3]), (FEWER[0], 300.0, 3e-4)])
 def test_group_norm_kernels_add_a_shift(shape, factor, tolerance, tiles):
@@ -137,6 +153,7 @@ def test_group_norm_kernels_add_a_shift(shape, factor, tolerance, tiles):
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_group_norm_kernels_add_one_shift_to_all_frames(tiles):
     """An expanded tensor, which requires no gradient."""
     (x, weight, bias), shift = inputs(FEWER[0]), torch.randn(1, FEWER[0][1], device=DEVICE)
@@ -148,8 +165,9 @@ def test_group_norm_kernels_add_one_shift_to_all_frames(tiles):
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_frozen_weights_of_group_norm_leave_the_other_gradients_unchanged():
-    x, weight, bias = inputs((1, 64, 7, 5))
+    x, weight, bias = inputs((1, 2 * GROUPS, 7, 5))
     grad = torch.randn_like(x)
     all_three = torch.autograd.grad(group_norm(x, weight, bias), (x, weight, bias), grad)
     of_x, = torch.autograd.grad(group_norm(x, weight.detach(), bias.detach()), x, grad)
@@ -158,11 +176,12 @@ def test_frozen_weights_of_group_norm_leave_the_other_gradients_unchanged():
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 @pytest.mark.parametrize("mean, std", [(1000.0, 1.0), (-3.0, 1e-3)])
 def test_group_norm_kernels_keep_a_small_deviation_from_a_large_mean(mean, std, tiles):
     """A sum of squares would lose it: fp32 represents 1000^2 with an error of 0.06. The error that remains is
     the rounding of the mean, as large as that of the input."""
-    x, weight, bias = inputs((2, 64, 6, 11), mean=mean, std=std)
+    x, weight, bias = inputs((2, 2 * GROUPS, 6, 11), mean=mean, std=std)
     y, reference = group_norm(x, weight, bias), expected(x, weight, bias)
     atol = 1e-5 + 4 * abs(mean) / std * 2 ** -24
     torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=atol)
@@ -173,9 +192,10 @@ def test_group_norm_kernels_keep_a_small_deviation_from_a_large_mean(mean, std, 
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_group_norm_kernels_with_an_outlier_in_the_first_row():
     """The pivot of a chunk is the mean of its first rows. An outlier there costs little precision."""
-    x, weight, bias = inputs((1, 32, 40, 16))
+    x, weight, bias = inputs((1, GROUPS, 40, 16))
     with torch.no_grad():
         x[:, :, 0, 0] = 1000
     assert_close_relative(group_norm(x, weight, bias), expected(x, weight, bias), 1e-6)
@@ -184,10 +204,11 @@ def test_group_norm_kernels_with_an_outlier_in_the_first_row():
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 @half_precision
 def test_group_norm_kernels_round_once(dtype):
     """Arithmetic is fp32, so the error is one rounding of the result, behind the SiLU too."""
-    x, weight, bias = inputs((2, 64, 5, 4), dtype)
+    x, weight, bias = inputs((2, 2 * GROUPS, 5, 4), dtype)
     y, reference = group_norm(x, weight, bias), expected(x, weight, bias)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), reference, rtol=1.01 * EPS[dtype], atol=2e-5)
@@ -200,8 +221,9 @@ def test_group_norm_kernels_round_once(dtype):
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_group_norm_of_half_precision_with_fp32_weights():
-    x, weight, bias = inputs((2, 64, 3, 3))
+    x, weight, bias = inputs((2, 2 * GROUPS, 3, 3))
     y = group_norm(x.detach().bfloat16(), weight, bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), expected(x.bfloat16(), weight, bias), rtol=2 ** -7, atol=1e-5)
@@ -210,17 +232,19 @@ def test_group_norm_of_half_precision_with_fp32_weights():
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 @pytest.mark.filterwarnings("ignore:Input #[012] requires gradient and is not a double")
 def test_group_norm_gradcheck():
     """Against finite differences, which share no formula with the kernels. Steps are wide because of fp32."""
-    x, weight, bias = inputs((1, 32, 1, 2))
+    x, weight, bias = inputs((1, GROUPS, 1, 2))
     assert torch.autograd.gradcheck(lambda *tensors: group_norm(*tensors, eps=0.1), (x, weight, bias),
                                     eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0.0, fast_mode=True)
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_group_norm_kernels_are_bitwise_repeatable():
-    x, weight, bias = inputs((1, 96, 7, 5))
+    x, weight, bias = inputs((1, 3 * GROUPS, 7, 5))
     grad = torch.randn_like(x)
     results = []
     for _ in range(2):
@@ -230,10 +254,11 @@ def test_group_norm_kernels_are_bitwise_repeatable():
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_group_norm_kernels_take_gradients_in_any_layout():
     """The input must be channels-last."""
-    x, weight, bias = inputs((2, 64, 3, 5))
-    y, grad = group_norm(x, weight, bias), torch.randn(2, 64, 3, 5, device=DEVICE)
+    x, weight, bias = inputs((2, 2 * GROUPS, 3, 5))
+    y, grad = group_norm(x, weight, bias), torch.randn(2, 2 * GROUPS, 3, 5, device=DEVICE)
     first, second = (torch.autograd.grad(y, x, g, retain_graph=True)[0]
                      for g in (grad, grad.contiguous(**CHANNELS_LAST)))
     assert torch.equal(first, second)
@@ -242,9 +267,10 @@ def test_group_norm_kernels_take_gradients_in_any_layout():
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_a_clip_is_a_view_of_its_frames():
     """(b f) c h w -> b c f s copies nothing and is channels-last again: same kernels, larger tables."""
-    x, weight, bias = inputs((6, 64, 2, 5))
+    x, weight, bias = inputs((6, 2 * GROUPS, 2, 5))
     clips = x.unflatten(0, (2, 3)).transpose(1, 2).flatten(3)
     assert clips.data_ptr() == x.data_ptr() and clips.is_contiguous(**CHANNELS_LAST)
     torch.testing.assert_close(group_norm(clips, weight, bias).double(), expected(clips, weight, bias),
@@ -252,8 +278,9 @@ def test_a_clip_is_a_view_of_its_frames():
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 def test_group_norm_of_no_frames():
-    x, weight, bias = inputs((0, 64, 4, 4))
+    x, weight, bias = inputs((0, 2 * GROUPS, 4, 4))
     group_norm(x, weight, bias).sum().backward()
     assert x.grad.shape == x.shape and not weight.grad.any()
 
@@ -597,6 +624,7 @@ def residual_inputs(shape, with_x=True, with_bias="one", with_scale=True):
 
 
 @needs_triton
+@pytest.mark.usefixtures("few_groups")
 @pytest.mark.parametrize("given", RESIDUALS, ids=str)
 def test_residual_kernel_computes_the_expression(given, tiles):
     """Values and gradients agree with fp64, for each combination of arguments that may be left out."""

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tokenize
 from functools import cache
 from itertools import chain
@@ -45,22 +44,23 @@ def commands(page):
             yield script, match[3].split("#")[0].split("|")[0].split()
 
 
-@cache
-def help_of(script):
-    how = ["-m", script.removesuffix(".py").replace("/", ".")] if script.startswith(("tools/", "toy/")) \
-        else [script]
-    run = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True)
-    return run.stdout + run.stderr
-
-
-def has(script, flag):
-    """Most flags stand in the script as they are typed; the help text has the others, but takes seconds."""
-    return flag == "--help" or f'"{flag}"' in (ROOT / script).read_text() \
-        or re.search(rf"{flag}\b", help_of(script))
+@pytest.fixture(scope="module")
+def help_of(python):
+    """A function that returns the help text of a script."""
+    @cache
+    def help_of(script):
+        how = ["-m", script.removesuffix(".py").replace("/", ".")] \
+            if script.startswith(("tools/", "toy/")) else [script]
+        run = subprocess.run([python, *how, "--help"], cwd=ROOT, capture_output=True, text=True)
+        return run.stdout + run.stderr
+    return help_of
 
 
 @pytest.mark.parametrize("page", PAGES + SOURCES)
-def test_commands_name_scripts_and_flags_that_exist(page):
+def test_commands_name_scripts_and_flags_that_exist(page, help_of):
+    """Most flags stand in the script as they are typed; the help text has the others, but takes a second."""
+    has = lambda script, flag: flag == "--help" or f'"{flag}"' in (ROOT / script).read_text() \
+        or re.search(rf"{flag}\b", help_of(script))
     for script, words in commands(page):
         if script.startswith("out_"):                           # made by the command before
             continue

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -464,7 +465,7 @@ def read_clip(path, start, **shape):
     if "crash" in path:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "hang" in path:
-        while True: pass
+        time.sleep(60)
     if "middle" in path and start > 0:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "memory" in path:
@@ -719,24 +720,25 @@ def test_a_list_that_is_a_pipe(tmp_path):
         data.open_files(tmp_path / "a.jsonl")
 
 
-def test_a_million_rows(tmp_path):
-    """A list of a million rows opens in seconds. Its paths stay in memory, the rest of the rows does not."""
+def test_half_a_million_rows(python):
+    """A list of as many rows opens in seconds. Its paths stay in memory, the rest of the rows does not."""
     row = 'clip_%d.mp4,"a caption, of some length, about this and that",5.1,4.2,0.99,static,100,24.0,4.1\n'
-    with open(tmp_path / "a.csv", "w") as file:
-        file.write(",".join(OPENVID) + "\n")
-        file.writelines(row % i for i in range(1_000_000))
-    code = f"""
+    with tempfile.TemporaryDirectory() as folder:           # whose name, part of each path, is short
+        with open(f"{folder}/a.csv", "w") as file:
+            file.write(",".join(OPENVID) + "\n")
+            file.writelines(row % i for i in range(500_000))
+        code = f"""
 import resource, time, data, torch
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-files = data.open_files({str(tmp_path / "a.csv")!r}, [("motion score", 4, 5)])
+files = data.open_files("{folder}/a.csv", [("motion score", 4, 5)])
 opened = time.process_time() - start
 order = data.shuffled(0, 0, len(files))
 print(len(files), files[order[5]].endswith(f"clip_{{order[5]}}.mp4"), opened,
       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+        output = subprocess.check_output([python, "-c", code], cwd=ROOT, text=True)
     print(output)                                   # processor seconds to open it, then kilobytes
     count, right, seconds, kilobytes = output.split()
-    assert (count, right) == ("1000000", "True") and float(seconds) < 15 and int(kilobytes) < 160 * 1024
+    assert (count, right) == ("500000", "True") and float(seconds) < 7.5 and int(kilobytes) < 70 * 1024
 
 
 # ---- Latents and shards ---------------------------------------------------------------------------------
@@ -1091,6 +1093,6 @@ def test_encode_without_a_model_writes_nothing(tmp_path, folder, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_only_videos_need_pyav():
+def test_only_videos_need_pyav(python):
     code = "import sys; sys.modules['av'] = None; import data; data.toy_clips(0, [1], 2, 16)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([python, "-c", code], cwd=ROOT, check=True)
