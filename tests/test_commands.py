@@ -89,6 +89,11 @@ TYPED = {
         "SHARDS/index.json SHARDS/shard-000000.safetensors", "wrote SHARDS", "--width 64 --height 64"),
     'python train_stage1.py --data OpenVid-1M.csv --where "motion score" 2 20 --flip ...': Typed(
         "out/videos/metrics.jsonl out/videos/merged/config.json", "from step 0", f"{STEP} --workers 1"),
+    # -- docs/troubleshooting.md; most of its commands are variants of those above and stand in SLOW
+    'python -c "import json; runs ...': Typed("curves.jsonl"),
+    "python -m tools.plot curves.jsonl docs/expected_loss.png":
+        Typed("docs/expected_loss.png", needs='python -c "import json; runs ...'),
+    "cat out/stage1/checkpoint-*/state.json": Typed(says='"model": "', needs="python train_stage1.py"),
     # -- docs/diffusers.md
     "python -m tools.export export ...": Typed(
         "out/osv/README.md out/osv/model_index.json out/osv/unet/diffusion_pytorch_model.safetensors",
@@ -100,7 +105,6 @@ TYPED = {
         "out/plain/model_index.json out/plain/unet/diffusion_pytorch_model.safetensors",
         needs="python -m tools.export merge ..."),
     # -- exercises/README.md
-    "python exercises/grade.py": Typed(says=r"0\.0 of 27 points\n\nnext, ex01_karras_grid.py: to be written"),
     "python exercises/grade.py ex01": Typed(says="of 1 points\n\nnext, ex01_karras_grid.py: to be written"),
     "python -c ...": Typed(says=r"\d"),
     "python exercises/between.py --out between.jpg": Typed(
@@ -128,6 +132,8 @@ SLOW = {
     "python exercises/capstone.py --stage1_steps 1 ...":
         Typed("out/capstone/capstone.png out/capstone/capstone.json", "after stage 2, Time Travel Sampler"),
     # Five commands of some seconds each, even with STEP
+    "python train_stage2.py --stage1 none --max_train_steps 8 ...": Typed(
+        "", "loss_huber .* s_per_step", STEP),
     "python train_stage2.py --stage1 none --num_clips 16 --max_train_steps 20 ...": Typed(
         "", "loss_huber .* s_per_step", STEP),
     "python -m tools.bench train --size toy ...": Typed("results/discriminators.json", "pixel discriminator"),
@@ -135,7 +141,39 @@ SLOW = {
     "python exercises/between.py --out results/between.jpg": Typed("results/between.json", "Time Travel"),
     "python exercises/guidance.py --out results/guidance.jpg": Typed("results/guidance.jpg", "teacher"),
     "python -m tools.tables student --num_clips 3 ...": Typed("out.json out.jpg", "shipped +tts"),
-    # Seconds, but tests/test_exercise_mutations.py grades a class as well
+    # A sampler's flags: tests/test_sampler.py and tests/test_media.py
+    "python sampler.py --image in.png --teacher --steps 1 --out teacher.mp4":
+        Typed("teacher.mp4", "1-step teacher", SMALL),
+    "python sampler.py --image in.png --student out/stage1/merged --no_tts --out one.mp4":
+        Typed("one.mp4", "1-step student", SMALL, needs="python train_stage1.py"),
+    "python sampler.py --image in.png --teacher --steps 8 --max_guidance_scale 8 --out much.mp4":
+        Typed("much.mp4", "8-step teacher", SMALL),
+    "python sampler.py --image in.png --teacher --steps 8 --max_guidance_scale 1 --out none.mp4":
+        Typed("none.mp4", "8-step teacher", SMALL),
+    "python sampler.py --image in.png --motion_bucket_id 220 --out fast.mp4":
+        Typed("fast.mp4", "wrote fast.mp4", SMALL),
+    "python sampler.py --image in.png --decode_chunk_size 2 --offload":
+        Typed("out.mp4", "wrote out.mp4", SMALL),
+    "python sampler.py --image in.png --width 96 --height 64":
+        Typed("out.mp4", "wrote out.mp4", "--num_frames 4"),
+    # Trainers' flags: tests/test_training.py has smaller networks
+    "python train_stage1.py --dry_run": Typed(says="run +1 steps in", adds=STEP),
+    "python train_stage1.py --overfit 1 --adv_weight 0 --output_dir out/overfit":
+        Typed("out/overfit/metrics.jsonl", "psnr", f"{STEP} --validation_steps 1"),
+    "python train_stage1.py --mixed_precision no --plain --output_dir out/fp32":
+        Typed("out/fp32/metrics.jsonl", "from step 0", STEP),
+    "python train_stage1.py --gradient_checkpointing --gradient_accumulation_steps 4 --output_dir out/small":
+        Typed("out/small/metrics.jsonl", "from step 0", f"{STEP} --batch_size 4"),
+    "python train_stage1.py --preset toy_cpu --max_train_steps 2 --log_steps 1 --output_dir out/alone":
+        Typed("out/alone/metrics.jsonl", "from step 0", STEP),
+    "torchrun --standalone --nproc_per_node=2 train_stage1.py --preset toy_cpu ...":
+        Typed("out/cpus/metrics.jsonl", "from step 0", f"{STEP} --batch_size 2"),
+    # tests/test_evaluate.py has a smaller network
+    "python evaluate.py fvd --student out/stage2/merged --sampler 1 ...": Typed(
+        "diversity.json", "protocol", "--num_clips 2 --width 32 --height 32", needs="python train_stage2.py"),
+    # Seconds, but tests/test_grade.py grades all twelve as well, and one is typed above
+    "python exercises/grade.py": Typed(says=r"0\.0 of 27 points\n\nnext, ex01_karras_grid.py: to be written"),
+    # Seconds, but tests/test_grade.py grades a class as well
     "python exercises/grade.py submissions --csv grades.csv": Typed("grades.csv", r"ada +0\.0"),
 }
 
@@ -150,6 +188,7 @@ LEFT_OUT = {
     "torchrun --standalone --nproc_per_node=2 -m toy.train": "two GPUs",
     "python -m toy.train --stages report ...": "a GPU; tests/test_toy.py has 4 clips",
     "torchrun --standalone --nproc_per_node=2 train_stage1.py ...": "two GPUs; tests/test_training.py: CPUs",
+    "NCCL_DEBUG=INFO torchrun --standalone --nproc_per_node=2 train_stage1.py ...": "two GPUs",
     "torchrun --standalone --nproc_per_node=8 train_stage1.py ...": "eight GPUs, SVD, OpenVid-1M",
     "torchrun --standalone --nproc_per_node=2 train_stage2.py ...": "two GPUs, SVD, OpenVid-1M",
     "head -n -1000 good.jsonl > train.jsonl && ...": "a list of more than a thousand videos",
@@ -248,6 +287,7 @@ def tree(tmp_path_factory, request):
     (folder / "VIDEOS/2.mp4").write_text("no video")
     (folder / "OpenVid-1M.csv").write_text("video,motion score\n0.mp4,3.5\n1.mp4,5\nmissing.mp4,1\n")
     (folder / "SVD").symlink_to("assets/toy")
+    (folder / "docs").mkdir()
     (folder / "submissions/ada").mkdir(parents=True)
     shutil.copy(folder / "exercises/ex01_karras_grid.py", folder / "submissions/ada")
 
@@ -257,7 +297,10 @@ def tree(tmp_path_factory, request):
         (folder / ".venv" / stamp).touch()
     python = sys.executable if ALL else request.getfixturevalue("python")
     (bin / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
-    (bin / "python").chmod(0o755)
+    torchrun = 'python -c "from torch.distributed.run import main; main()"'
+    (bin / "torchrun").write_text(f'#!/bin/sh\nexec {torchrun} "$@"\n')
+    for program in ("python", "torchrun"):
+        (bin / program).chmod(0o755)
     environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)                   # set by conftest.py, not by readers
     return SimpleNamespace(folder=folder, environment=environment, typed=set())

@@ -198,6 +198,13 @@ def test_no_cell_is_a_formula(tmp_path, monkeypatch):
     assert lines == [f"""{name}","0 of 1","0.0","1","'=HYPERLINK()\"""" for name in names]
 
 
+def test_the_overview_names_the_next_exercise(capsys):
+    stubs = {name: (0, 2, "NotImplementedError: here") for name in grade.POINTS}
+    grade.show(stubs | {"ex01_karras_grid": (2, 2, "")}, grade.HERE)
+    assert capsys.readouterr().out.endswith(
+        "1.0 of 27 points\n\nnext, ex02_precondition.py: to be written\npython exercises/grade.py ex02\n")
+
+
 def test_one_exercise_says_what_its_tests_say(run, tmp_path):
     submit(tmp_path, {"ex07_hinge.py": HINGE.format("print('so far')\n    fake = fake.bfloat16().x")})
     done = run(tmp_path, "ex07")
