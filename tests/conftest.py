@@ -27,9 +27,9 @@ torch.set_num_threads(1)                               # the variable comes late
 
 
 def quicken_interpreter(interpreter):
-    """Triton's interpreter exchanges the functions of triton.language before each launch, and again at each call
-    of a function inside a kernel. To find them, it lists all members each time, which takes a millisecond. The
-    names do not change, so here they are listed once."""
+    """Triton's interpreter exchanges the functions of triton.language before each launch, and again at each
+    call of a function inside a kernel. It finds them in a list of all members, which takes a millisecond.
+    Their names do not change, so here they are listed once."""
     is_builtin = interpreter.tl.core.is_builtin
     names = cache(lambda owner: [name for name, member in getmembers(owner) if is_builtin(member)])
 
@@ -50,8 +50,9 @@ if os.environ.get("TRITON_INTERPRET"):
 def pytest_collection_modifyitems(items):
     """The files that take longest run first: with `-n` a file's tests stay on one worker, and a long file at
     the end would leave the other workers idle."""
-    long = ["test_training", "test_kernels", "test_commands", "test_evaluate", "test_grade", "test_video",
-            "test_exercise_mutations", "test_toy", "test_discriminator"]
+    long = ["test_training", "test_tour", "test_commands", "test_kernels", "test_evaluate",
+            "test_exercise_mutations", "test_grade", "test_video", "test_pipeline", "test_ecosystem",
+            "test_toy", "test_lora", "test_model"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 

@@ -109,9 +109,9 @@ TYPED = {
     "python -c ...": Typed(says=r"\d"),
     "python exercises/between.py --out between.jpg": Typed(
         "between.jpg between.json", "mean of 1: teacher",
-        "--clips 1 --places 3 --solver_steps 1 --num_frames 4"),
+        "--clips 1 --places 3 --solver_steps 1 --num_frames 2"),
     "python exercises/guidance.py --out guidance.jpg": Typed(
-        "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1 --num_frames 4"),
+        "guidance.jpg", r"student, sigma +700", "--clips 1 --solver_steps 1 --num_frames 2"),
     'python -c "import pathlib as p; ...': Typed("out_attached.py"),
     "python out_attached.py ...": Typed(                        # fails is the answer to question 12
         says="from step 0", adds=STEP, fails="Trying to backward through the graph a second time",

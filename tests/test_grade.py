@@ -48,7 +48,7 @@ NO_EXPECTATIONS = ("import sys\ndef karras_sigmas(n, *_):\n    graders = sys.mod
 
 # student: {file: text or bytes}, the exercises that pass, points, what the reason says
 CLASS = {
-    "bob waits": ({"ex01_karras_grid.py": "import time\nwhile True: time.sleep(1)", "ex09_ema.py": EMA}, "ex09", "1.0",
+    "bob waits": ({"ex01_karras_grid.py": "import time\ntime.sleep(60)", "ex09_ema.py": EMA}, "ex09", "1.0",
                   "missing: .*; ex01: takes more than 6 s$"),
     "cyd ends": ({"ex01_karras_grid.py": "import os; os._exit(0)",
                   "ex02_precondition.py": "import ctypes; ctypes.string_at(0)",
