@@ -158,7 +158,7 @@ SLOW = {
         Typed("out.mp4", "wrote out.mp4", "--num_frames 4"),
     # Trainers' flags: tests/test_training.py has smaller networks
     "python train_stage1.py --dry_run": Typed(says="run +1 steps in", adds=STEP),
-    "python train_stage1.py --overfit 1 --adv_weight 0 --output_dir out/overfit":
+    "python train_stage1.py --preset toy_cpu --overfit 1 ...":
         Typed("out/overfit/metrics.jsonl", "psnr", f"{STEP} --validation_steps 1"),
     "python train_stage1.py --mixed_precision no --plain --output_dir out/fp32":
         Typed("out/fp32/metrics.jsonl", "from step 0", STEP),
@@ -191,6 +191,8 @@ LEFT_OUT = {
     "NCCL_DEBUG=INFO torchrun --standalone --nproc_per_node=2 train_stage1.py ...": "two GPUs",
     "torchrun --standalone --nproc_per_node=8 train_stage1.py ...": "eight GPUs, SVD, OpenVid-1M",
     "torchrun --standalone --nproc_per_node=2 train_stage2.py ...": "two GPUs, SVD, OpenVid-1M",
+    "python train_stage1.py --preset one_gpu ...": "a GPU, SVD, OpenVid-1M",
+    "python train_stage2.py --preset one_gpu ...": "the same",
     "head -n -1000 good.jsonl > train.jsonl && ...": "a list of more than a thousand videos",
     "python data.py check OpenVid-1M.csv ...": "a million videos; above, `check` has a folder of three",
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
