@@ -202,68 +202,50 @@ def visited(draw, *rest, **settings):
     return [*calls, 0]
 
 
-def euler_steps(sheet, y, sigmas):
-    """Draws an arc for each step of the teacher."""
-    x, turn = [place(sigma) for sigma in sigmas], torch.linspace(0, math.pi, 30)
-    for start, end in zip(x, x[1:]):
-        across, height = start + (end - start) * (1 - turn.cos()) / 2, min(0.4, end - start) * turn.sin()
-        sheet.axes.plot(across, y + height, color=COLOURS["teacher"], lw=2)
-    sheet.axes.plot(x, [y] * len(x), "o", color=COLOURS["teacher"], ms=5)
-
-
-def jump(sheet, y, sigma, label, kind="student"):
-    """Draws one evaluation of a student or of its EMA: a jump from sigma to 0."""
-    sheet.axes.plot(place(sigma), y, "o", color=COLOURS[kind], ms=9)
-    sheet.write(place(sigma) - 0.2, y, label, align="right")
-    sheet.arrow((place(sigma), y), (place(0), y), kind=kind, gradient=kind == "student")
-
-
 def jumps(sheet, y, sigmas, noise="fresh noise", names=None):
     """Draws a student's jumps to 0 and, from 0, the noise that leads to the next level, one line lower."""
     for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
-        jump(sheet, y - 0.55 * i, sigma, names[i] if names else f"{sigma:.3g}")
+        here, end = (place(sigma), y - 0.55 * i), (place(0), y - 0.55 * i)
+        sheet.axes.plot(*here, "o", color=COLOURS["student"], ms=9)
+        sheet.write(here[0] - 0.2, here[1], names[i] if names else f"{sigma:.3g}", align="right")
+        sheet.arrow(here, end, kind="student", gradient=True)
         if after:
-            sheet.arrow((place(0), y - 0.55 * i), (place(after), y - 0.55 * (i + 1)), kind="data")
-            sheet.write(9.05, y - 0.22, "" if i else noise, "data", align="left")
+            sheet.arrow(end, (place(after), end[1] - 0.55), kind="data")
+            sheet.write(9.05, end[1] - 0.22, "" if i else noise, "data", align="left")
 
 
 def noise_axis():
-    """The grid of noise levels, the samplers on it, and what stage 2 does with one clip."""
-    sheet, grid = Sheet(13.3), karras_sigmas(NUM_SIGMAS)
-    m = int(re.search(r'num_solver_steps", default=(\d+)', (ROOT / "train_stage2.py").read_text())[1])
-    sheet.panel(0.9, 13.2, f"The noise axis, from noise (sigma = {SIGMA_MAX:g}) to data (sigma = 0)")
+    """The grid of noise levels, and the samplers on it."""
+    sheet, grid = Sheet(11.2), karras_sigmas(NUM_SIGMAS)
+    sheet.panel(0.9, 11.1, f"The noise axis, from noise (sigma = {SIGMA_MAX:g}) to data (sigma = 0)")
     for sigma in grid.tolist():
-        sheet.axes.plot([place(sigma)] * 2, (11.85, 12.15), color=COLOURS["plain"], lw=1.5)
+        sheet.axes.plot([place(sigma)] * 2, (9.75, 10.05), color=COLOURS["plain"], lw=1.5)
     for sigma in (SIGMA_MAX, 100, 10, 1, 0.1, 0.01, SIGMA_MIN, 0):
-        sheet.axes.plot([place(sigma)] * 2, (11.72, 11.85), color=COLOURS["plain"], lw=3)
-        sheet.write(place(sigma), 11.5, f"{sigma:g}")
+        sheet.axes.plot([place(sigma)] * 2, (9.62, 9.75), color=COLOURS["plain"], lw=3)
+        sheet.write(place(sigma), 9.4, f"{sigma:g}")
     for y, text in {
-            11.85: f"*Training grid\n`karras_sigmas({NUM_SIGMAS})`",
-            10.6: "*Teacher, 25 Euler steps\n`sample_teacher`\n`karras_sigmas(25)`",
-            9.35: "*Student, 1 step\n`strided(grid, 1)`",
-            8.1: "*Student, 2 steps\n`strided(grid, 2)`",
-            6.2: "*Student, 4 steps\n`strided(grid, 4)`",
-            3.95: "*Time Travel Sampler\n`time_travel`\nmixed: mean of fresh noise\nand noise just removed",
-            1.95: f"*Stage 2, one clip\n`solve`: m = {m} Euler steps\nfrom `x_t` to `x_s`"}.items():
+            9.75: f"*Training grid\n`karras_sigmas({NUM_SIGMAS})`",
+            8.5: "*Teacher, 25 Euler steps\n`sample_teacher`\n`karras_sigmas(25)`",
+            7.25: "*Student, 1 step\n`sample`\n`strided(grid, 1)`",
+            6: "*Student, 2 steps\n`sample`\n`strided(grid, 2)`",
+            4.1: "*Student, 4 steps\n`sample`\n`strided(grid, 4)`",
+            1.85: "*Time Travel Sampler\n`time_travel`\nmixed: mean of fresh noise\nand noise just removed",
+    }.items():
         sheet.write(0.3, y, text, align="left")
-    euler_steps(sheet, 10.5, visited(sampler.sample_teacher, karras_sigmas(25)))
-    for y, k in (9.35, 1), (8.4, 2), (7.05, 4):
+    # An arc for each step of the teacher.
+    x = [place(sigma) for sigma in visited(sampler.sample_teacher, karras_sigmas(25))]
+    turn = torch.linspace(0, math.pi, 30)
+    for start, end in zip(x, x[1:]):
+        across, height = start + (end - start) * (1 - turn.cos()) / 2, min(0.4, end - start) * turn.sin()
+        sheet.axes.plot(across, 8.4 + height, color=COLOURS["teacher"], lw=2)
+    sheet.axes.plot(x, [8.4] * len(x), "o", color=COLOURS["teacher"], ms=5)
+    for y, k in (7.25, 1), (6.3, 2), (4.95, 4):
         jumps(sheet, y, visited(sampler.sample, strided(grid, k)))
-    jumps(sheet, 4.2, visited(sampler.sample, strided(grid, 2), tts=True), "mixed noise",
+    jumps(sheet, 2.1, visited(sampler.sample, strided(grid, 2), tts=True), "mixed noise",
           ("`sigma_t`", "`sigma_s`"))
-    sheet.write(12.9, 3.38, "The look-ahead level is `sigma_s`. The readout is the end of the second jump.")
-    # Stage 2: the jump of the student from x_t and that of the EMA from x_s should end at the same place.
-    solved = grid[84:85 + m].tolist()                           # one of the places where it may start
-    jump(sheet, 2.3, solved[0], "`x_t`")
-    jump(sheet, 1.6, solved[-1], "", "ema")
-    euler_steps(sheet, 1.6, solved)
-    sheet.write(place(solved[0]) - 0.2, 1.6, "`x_t`", align="right")
-    sheet.write(place(solved[-1]), 1.3, "`x_s`")
-    for y in 1.6, 2.3:
-        sheet.arrow((17.45, 1.95), (17.45, y), gradient=True)
-    sheet.write(17.7, 1.95, "d")
+    sheet.write(12.9, 1.28, "The look-ahead level is `sigma_s`. The readout is the end of the second jump.")
     sheet.legend(0.5, teacher="teacher: one Euler step", student="student: `consistency` jumps to 0",
-                 data="noise is added", ema="EMA: the same jump")
+                 data="noise is added")
     return sheet.figure
 
 
@@ -347,10 +329,8 @@ def unet_block():
     sheet.arrow(position.bottom, plus.top, kind="frozen")
     sheet.arrow(x.bottom, (0.85, 2.45), (16.95, 2.45), proj_out.bottom, gradient=True)
 
-    more = sorted({path.split(".")[-1] for path, layer in block.named_modules()
-                   if lora.lora_class(layer) and re.search(rf"(^|\.)({lora.LORA_CONVS})$", path)})
     write(0.3, 1.4, "LoRA trains in both stages, all of `temporal_transformer_blocks` in stage 2 only.\n"
-          f"With `lora_convs` there is LoRA in more layers: {', '.join(f'`{name}`' for name in more)}.\n"
+          "With `lora_convs`, the convolutions and projections have LoRA as well.\n"
           "b clips, f frames, c d channels, h w size, s = h w places, a attention heads", align="left")
     sheet.legend(0.5, data="data", student="student θ: trains", frozen="frozen weights of SVD")
     return sheet.figure
