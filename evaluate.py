@@ -366,10 +366,8 @@ class Report:
     def earlier_rows(self):
         """{(run, sampler, seed): row} of --report. Raises ModelError if its protocol differs."""
         earlier = read_report(self.args.report)
-        was = earlier["protocol"]
-        differ = [f"{k} was {was.get(k)}, is {now}" for k, now in self.protocol.items() if was.get(k) != now]
-        if differ:
-            raise ModelError(f"{self.args.report} has another protocol: {'; '.join(differ)}. "
+        if differ := checkpoint.changes(earlier["protocol"], self.protocol):
+            raise ModelError(f"{self.args.report} has another protocol: {differ}. "
                              "Leave out --resume, or choose another --report")
         return {(row["run"], row["sampler"], row["seed"]): row for row in earlier["rows"]}
 

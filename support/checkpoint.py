@@ -371,21 +371,22 @@ def collect(groups, optimizers):
     return named
 
 
-@torch.no_grad()
 def restore(groups, optimizers, tensors):
-    """Copies what `collect` returned into groups and optimizers of the same structure."""
-    for prefix, group in groups.items():
-        for name, target in group.items():
-            target.copy_(tensors[f"{prefix}.{name}"])
+    """Copies what `collect` returned into groups and optimizers of the same structure. Raises ModelError, and
+    copies nothing, if a name is missing or unexpected, or a shape differs."""
     for prefix, optimizer in optimizers.items():
-        parameters, state = optimizer.param_groups[0]["params"], {}
-        for key in [key for key in tensors if key.startswith(f"{prefix}.")]:
-            i, name = key.removeprefix(f"{prefix}.").split(".")
-            value, p = tensors[key], parameters[int(i)]
-            # Files hold contiguous tensors, but fused Adam needs moments in the parameter's memory format.
-            value = value if name == "step" else torch.empty_like(p).copy_(value)
-            state.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        # Zeros are how Adam starts by itself. Each moment has its parameter's memory format, for fused Adam.
+        parameters = enumerate(optimizer.param_groups[0]["params"])
+        zeros = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                     "exp_avg_sq": torch.zeros_like(p)}
+                 for i, p in parameters if f"{prefix}.{i}.step" in tensors}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": zeros})
+    targets = collect(groups, optimizers)
+    own, found = ({key: tensor.shape for key, tensor in named.items()} for named in (targets, tensors))
+    if wrong := [key for key in own | found if own.get(key) != found.get(key)]:
+        raise ModelError(f"{wrong[0]} is missing, unexpected or of another shape")
+    for key, target in targets.items():
+        target.copy_(tensors[key])
 
 
 def save_checkpoint(folder, step, tensors, config, keep):
@@ -398,13 +399,19 @@ def save_checkpoint(folder, step, tensors, config, keep):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder, which, config, restarted=False, check=None):
+def changes(was, now):
+    """What differs in the settings `now` from those of an earlier run, in words; empty if nothing does."""
+    return "; ".join(f"{key} was {was.get(key)}, is {value}" for key, value in now.items()
+                     if was.get(key) != value)
+
+
+def load_checkpoint(folder, which, config, restarted=False, restore=lambda tensors: None):
     """(step, tensors) of the newest complete checkpoint in `folder` (which = "latest"), or of the one at path
     `which`; (0, {}) if there is none, or if which = "none".
 
-    check(tensors) raises ModelError for tensors that do not fit; such a checkpoint, and one with a damaged
-    file, is incomplete: "latest" skips it with a warning. restarted: torchrun restarted the run after a
-    crash, and it continues from its own newest checkpoint, whatever `which` says. Raises ModelError if the
+    restore(tensors) takes them, or raises ModelError if they do not fit; such a checkpoint, and one with a
+    damaged file, is incomplete: "latest" skips it with a warning. restarted: torchrun restarted the run after
+    a crash, and it continues from its own newest checkpoint, whatever `which` says. Raises ModelError if the
     checkpoint at path `which` is incomplete, or if one was made with another configuration. Raises OSError if
     a file cannot be read: its checkpoint may be intact, and a run that skipped it would delete it."""
     search = (which == "latest" or restarted) and folder.exists()
@@ -414,24 +421,21 @@ def load_checkpoint(folder, which, config, restarted=False, check=None):
     for path in candidates:
         try:
             state = read_json(path / "state.json", step=int, config=dict, tensors=int)
-            tensors = dict(read_safetensors([path / "state.safetensors"]))
-            if len(tensors) != state["tensors"]:
-                raise ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
-            if path.match(CHECKPOINTS) and path.name != f"checkpoint-{state['step']:07d}":
-                raise ModelError(f"{path}: its step is {state['step']}")
-            if check:
-                check(tensors)
+            if not (differ := changes(state["config"], config)):
+                tensors = dict(read_safetensors([path / "state.safetensors"]))
+                if len(tensors) != state["tensors"]:
+                    raise ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
+                if path.match(CHECKPOINTS) and path.name != f"checkpoint-{state['step']:07d}":
+                    raise ModelError(f"{path}: its step is {state['step']}")
+                restore(tensors)
+                return state["step"], tensors
         except ModelError as error:
             if path == Path(which):
                 raise ModelError(f"{path}: not a complete checkpoint ({error})") from error
             print(f"warning: {path} is incomplete and skipped ({error})", file=sys.stderr)
-            continue
-        differ = [f"{key} was {state['config'].get(key)}, is {value}" for key, value in config.items()
-                  if state["config"].get(key) != value]
-        if differ:
-            raise ModelError(f"{path} belongs to a run with other settings: {'; '.join(differ)}. "
+        else:
+            raise ModelError(f"{path} belongs to a run with other settings: {differ}. "
                              "Repeat them, or choose another --output_dir")
-        return state["step"], {key: tensor.clone() for key, tensor in tensors.items()}
     return 0, {}
 
 
@@ -448,18 +452,6 @@ def load_stage1(folder, groups):
                 raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
                                  "must be those of stage 1, and --train must include what trained there")
             group[name].data.copy_(tensor)
-
-
-def check_shapes(groups, optimizers, tensors):
-    """Raises ModelError unless `tensors` have the names and shapes that `restore` takes."""
-    own = {f"{prefix}.{name}": p.shape for prefix, group in groups.items() for name, p in group.items()}
-    moments = {f"{prefix}.{i}.{name}": shape for prefix, optimizer in optimizers.items()
-               for i, p in enumerate(optimizer.param_groups[0]["params"])
-               for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ()))}
-    wrong = [key for key in tensors if tensors[key].shape != (own | moments).get(key)]
-    wrong += [key for key in own if key not in tensors]
-    if wrong:
-        raise ModelError(f"{wrong[0]} is missing, unexpected or of another shape")
 
 
 def rewind(folder, step):

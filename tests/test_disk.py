@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,9 +214,10 @@ def test_tensors_that_do_not_fit_make_a_checkpoint_incomplete(tmp_path, change, 
     checkpoint.save_checkpoint(tmp_path, 3, tensors, {}, keep=3)
     change(tensors)
     checkpoint.save_checkpoint(tmp_path, 6, tensors, {}, keep=3)
-    check = lambda tensors: checkpoint.check_shapes(groups, optimizers, tensors)
-    step, loaded = checkpoint.load_checkpoint(tmp_path, "latest", {}, check=check)
+    restore = partial(checkpoint.restore, groups, optimizers)
+    step, _ = checkpoint.load_checkpoint(tmp_path, "latest", {}, restore=restore)
     assert step == 3 and "checkpoint-0000006 is incomplete and skipped" in capsys.readouterr().err
-    checkpoint.restore(groups, optimizers, loaded)
     with pytest.raises(ModelError, match="not a complete checkpoint"):
-        checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), {}, check=check)
+        checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), {}, restore=restore)
+    with pytest.raises(ModelError, match="rank was None, is 8"):        # whose tensors have other shapes
+        checkpoint.load_checkpoint(tmp_path, "latest", {"rank": 8}, restore=restore)

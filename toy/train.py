@@ -140,10 +140,8 @@ def train(stage, net, loss_of):
         checkpoint.check_writable(work / stage / "state.json")                  # makes the folder
         checkpoint.lock(work / stage)
         checkpoint.clear_parts(work / stage)
-    fits = partial(checkpoint.check_shapes, *state)
-    first, tensors = checkpoint.load_checkpoint(work / stage, "latest", config, check=fits)
-    if tensors:
-        checkpoint.restore(*state, tensors)
+    restore = partial(checkpoint.restore, *state)
+    first, _ = checkpoint.load_checkpoint(work / stage, "latest", config, restore=restore)
 
     generator, losses = torch.Generator(device), []
     # disable=None: no progress bar without a terminal.
