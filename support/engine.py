@@ -156,31 +156,22 @@ def number(low, high):
     return parse
 
 
-positive = number(1, 10 ** 9)                       # the type of a flag that counts something
-
 # The lowest and highest value of the flags of all scripts; whole numbers if both limits are.
 LIMITS = {flag: (low, high) for low, high, flags in (
     (1, 10 ** 9, "max_train_steps checkpointing_steps validation_steps log_steps checkpoints_total_limit"),
-    (1, 10 ** 9, "num_clips shard_size log_every checkpoint_every overfit"),
-    (2, 10 ** 9, "report_clips"),
-    (0, 10 ** 9, "warmup_steps"),
-    (1, 10 ** 6, "batch_size gradient_accumulation_steps"),
+    (1, 10 ** 9, "num_clips shard_size log_every checkpoint_every overfit batch_size"),
+    (0, 10 ** 9, "warmup_steps warmup"),
     (1, 4096, "lora_rank vae_channels unet_channels"),
     (1, 1000, "num_frames num_videos steps decode_chunk_size validation_teacher_steps"),
-    (1, 1000, "workers jobs gpus repeats"),
-    (1, 100, "num_solver_steps"),
-    (0, 1000, "warmup"),
-    (0, 1, "unet_attention"),
+    (1, 1000, "workers jobs gpus repeats num_solver_steps gradient_accumulation_steps"),
     (16, 8192, "width height size"),
     (1, 120, "fps"),
     (1, 255, "motion_bucket_id"),
     (0, 2 ** 40, "seed seeds"),                     # derived seeds, about 10^6 times as large, fit 64 bits
     (0.0, 1.0, "learning_rate lr_d ema_decay"),
-    (0.0, 10.0, "noise_aug_strength weight_exponent"),
-    (0.0, 100.0, "guidance min_guidance_scale max_guidance_scale adv_weight"),
-    (1e-8, 100.0, "huber_c"),
-    (1e-8, 1e8, "max_grad_norm"),
-    (0.0, 1e8, "time_limit"),
+    (0.0, 100.0, "guidance min_guidance_scale max_guidance_scale noise_aug_strength"),
+    (0.0, 100.0, "adv_weight weight_exponent"),
+    (1e-8, 1e8, "huber_c max_grad_norm"),
 ) for flag in flags.split()}
 
 

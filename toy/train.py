@@ -64,7 +64,7 @@ flag("--size", default=128, help="height and width of the clips")
 flag("--num_frames", type=engine.number(2, 1000), default=14, help="frames per clip")
 flag("--vae_channels", nargs=4, default=[32, 64, 96, 96], help="channels by level, multiples of 32")
 flag("--unet_channels", nargs="+", default=[128, 96], help="channels by level, multiples of 32")
-flag("--unet_attention", nargs="+", default=[0, 1], help="per level: 1 with transformers, else 0")
+flag("--unet_attention", nargs="+", type=int, choices=(0, 1), default=[0, 1], help="by level: transformers?")
 count, rate = engine.number(1, 10 ** 6), engine.number(0.0, 1.0)
 for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_steps", type=count, default=steps, help=f"optimisation steps of {stage}")
@@ -77,10 +77,10 @@ flag("--unet_init", help="pipeline folder whose UNet the stage unet starts from,
 flag("--ema_decay", default=0.999, help="decay of the averaged weights, which are saved")
 flag("--log_every", default=50, help="steps between log lines")
 flag("--checkpoint_every", default=500, help="steps between checkpoints")
-flag("--time_limit", default=float("inf"), help="seconds until it saves, then exit status 3")
+flag("--time_limit", type=float, default=float("inf"), help="seconds until it saves, then exit status 3")
 flag("--train_log", type=Path, help="JSON lines of steps and losses (default: OUTPUT_DIR/train_log.jsonl)")
 flag("--report", type=Path, help="JSON; pictures go beside it (default: OUTPUT_DIR/.train/report.json)")
-flag("--report_clips", default=512, help="held-out clips that the report measures")
+flag("--report_clips", type=engine.number(2, 10 ** 9), default=512, help="clips that the report measures")
 if parser.parse_known_args()[0].quick:
     parser.set_defaults(size=64, num_frames=6, vae_channels=[32] * 4, unet_channels=[32, 32], num_clips=32,
                         report_clips=8, log_every=5, **{f"{stage}_steps": 12 for stage in STEPS},
