@@ -408,9 +408,8 @@ def check(args, out):
             if digest((Path(args.data) / name).read_bytes()) != shards[name]:
                 raise ModelError(f"{args.data}/{name}: damaged: delete it and run the same `encode` again")
         return print(f"{args.data}: all {len(shards)} shards have the right checksums")
-    checkpoint.check_writable(out)
-    bad = out.with_suffix(".bad.jsonl")
-    checkpoint.check_writable(bad)
+    bad = out.parent / f"{out.stem}.bad.jsonl"
+    checkpoint.check_writable(out, bad)
     checkpoint.refuse_overwriting([out, bad], [args.data])
     clips = open_clips(args, report=True)
     good, n, step = 0, len(clips.files), 64 * args.workers

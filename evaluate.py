@@ -331,8 +331,7 @@ class Report:
     def __init__(self, args, **protocol):
         self.args, self.device = args, engine.choose_device(args.device)
         detector = args.detector or Path(args.model) / "i3d"
-        checkpoint.check_writable(args.report)          # a folder has no suffix to replace
-        outputs = [args.report, args.report.with_suffix(".jpg")] if args.report else []
+        outputs = [args.report, args.report.parent / f"{args.report.stem}.jpg"] if args.report else []
         checkpoint.refuse_overwriting(outputs, [args.data, args.model, detector, vars(args).get("student")])
         checkpoint.check_writable(*outputs)
         self.detector = load_detector(detector, self.device)

@@ -268,7 +268,6 @@ def load_networks(args, dtype):
     unet = model.load_unet(args.model, dtype=dtype, **source)
     if args.student:
         unet = load_student(args.student, unet, args.variant)
-    checkpoint.check_fit(unet, vae, image_encoder)
     if not args.plain:
         unet, vae = fast(unet), fast(vae)
     return unet, vae, image_encoder

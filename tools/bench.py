@@ -188,10 +188,8 @@ def random_pipeline(folder, device):
     """Writes a pipeline to `folder` and returns it: SVD with random weights, and a DINOv2 ViT-S."""
     from transformers import Dinov2Config, Dinov2Model
     with torch.device(device):
-        clip = model.ImageEncoder(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-            image_size=224, patch_size=14, projection_dim=1024, hidden_act="gelu")
-        for name, net in (("unet", model.UNet()), ("vae", model.VAE()), ("image_encoder", clip)):
+        for name, net in (("unet", model.UNet()), ("vae", model.VAE()),
+                          ("image_encoder", model.ImageEncoder(**checkpoint.CLIP))):
             checkpoint.save_network(net, folder / name, torch.float16)
     model.save_configs(folder)
     dino = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518))
@@ -280,9 +278,9 @@ def parse_args():
     flag("--report", type=Path, help="JSON file to write")
     args = parser.parse_args()
     args.device = engine.choose_device(args.device)
-    args.width = args.width or (128 if args.size == "toy" else 1024)
-    args.height = args.height or (128 if args.size == "toy" else 576)
-    stride = 16 if args.size == "toy" else 64                           # of the VAE and the UNet together
+    # The stride is that of the VAE and the UNet together.
+    width, height, stride = (128, 128, 16) if args.size == "toy" else (1024, 576, 64)
+    args.width, args.height = args.width or width, args.height or height
     if args.width % stride or args.height % stride:
         parser.error(f"--width {args.width} --height {args.height}: must be multiples of {stride}")
     if args.cuda_graph and args.device.type != "cuda":
