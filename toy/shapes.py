@@ -77,11 +77,8 @@ def outlines(centres, start, size):
     angles = start.turn[:, None] * 2 * math.pi + (centres - start.place[:, None])[..., 0] / ROLL    # b f n
     distances = []
     for i in range(start.present.shape[1]):
-        cos, sin = per_pixel(angles[:, :, i].cos()), per_pixel(angles[:, :, i].sin())       # b f 1 1
-        dx, dy = (pixel - x[..., None] for x in centres[:, :, i].unbind(-1))                # b f w, b f h
-        dx, dy = dx[:, :, None], dy[..., None]                                              # b f 1 w, b f h 1
-        u, v = cos * dx + sin * dy, cos * dy - sin * dx                                     # b f h w
-        distance = outline_distance(u, v, start.kind[:, i], start.radius[:, i])
+        distance, _, _ = outline_distance(                                                  # b f h w
+            pixel, centres[:, :, i], angles[:, :, i], start.kind[:, i], start.radius[:, i])
         distances.append(distance.where(per_pixel(start.present[:, i, None]), WORLD))
     return torch.stack(distances, dim=2)
 

@@ -195,11 +195,8 @@ def painting(start, motion, size):
     kind_map = torch.zeros_like(image[:, :, 0], dtype=torch.int8)                       # b f h w
 
     for i in range(MAX_SHAPES):                                         # later shapes are in front
-        # dx [b f 1 w], dy [b f h 1]: from the centre of the shape to each pixel.
-        dx, dy = x - per_pixel(motion.centres[:, :, i, 0]), y - per_pixel(motion.centres[:, :, i, 1])
-        cos, sin = per_pixel(motion.angle[:, :, i].cos()), per_pixel(motion.angle[:, :, i].sin())   # b f 1 1
-        u, v = cos * dx + sin * dy, cos * dy - sin * dx         # b f h w, turned with the shape
-        distance = outline_distance(u, v, start.kind[:, i], start.radius[:, i])         # b f h w
+        distance, u, v = outline_distance(                                              # b f h w each
+            pixel, motion.centres[:, :, i], motion.angle[:, :, i], start.kind[:, i], start.radius[:, i])
 
         # Texture: soft stripes or checks between a light and a dark tone of the colour.
         tau = 2 * math.pi / per_frame(start.period[:, i])
@@ -232,14 +229,21 @@ def background(start, x, y):
     return per_pixel(ground) + per_pixel(palette[start.backdrop] - ground) * (0.12 + 0.3 * ripple[:, None])
 
 
-def outline_distance(u, v, kind, radius):
-    """Signed distance of points (u, v) [b f h w] to the outline of a shape [b], negative inside. The plane is
-    folded into the wedge between an outer and an inner corner, in which the outline is one straight line.
-    Exact except outside of corners, where only the soft shadow depends on it."""
+def outline_distance(pixel, centres, angle, kind, radius):
+    """Signed distances of all pixels to the outline of a shape, negative inside, and their places (u, v) from
+    its centre, turned with it [b f h w each].
+
+    pixel [w]: places of the columns, and of the rows; centres [b f 2]; angle [b f]; kind, radius [b]. The
+    plane is folded into the wedge between an outer and an inner corner, in which the outline is one straight
+    line. Exact except outside of corners, where only the soft shadow depends on it."""
+    dx, dy = pixel - per_pixel(centres[..., 0]), pixel[:, None] - per_pixel(centres[..., 1])
+    cos, sin = per_pixel(angle.cos()), per_pixel(angle.sin())                           # b f 1 1
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx         # b f h w
     corners, notch = (per_frame(table[kind]) for table in constants(u.device)[:2])      # b 1 1 1 each
     half = math.pi / corners                                                            # of the wedge
     nx, ny = notch * half.sin(), 1 - notch * half.cos()                                 # the line's normal
     length = torch.hypot(nx, ny)
     fold = (torch.atan2(v, u) + half).remainder(2 * half) - half                        # b f h w, radians
     rho = torch.hypot(u, v)
-    return (rho * fold.cos() - per_frame(radius)) * (nx / length) + rho * fold.abs().sin() * (ny / length)
+    along, across = rho * fold.cos() - per_frame(radius), rho * fold.abs().sin()        # b f h w
+    return along * (nx / length) + across * (ny / length), u, v
