@@ -169,8 +169,8 @@ LIMITS = {flag: (low, high) for low, high, flags in (
     (1, 255, "motion_bucket_id"),
     (0, 2 ** 40, "seed seeds"),                     # derived seeds, about 10^6 times as large, fit 64 bits
     (0.0, 1.0, "learning_rate lr_d ema_decay"),
-    (0.0, 100.0, "guidance min_guidance_scale max_guidance_scale noise_aug_strength"),
-    (0.0, 100.0, "adv_weight weight_exponent"),
+    (0.0, 10.0, "noise_aug_strength weight_exponent"),
+    (0.0, 100.0, "guidance min_guidance_scale max_guidance_scale adv_weight"),
     (1e-8, 1e8, "huber_c max_grad_norm"),
 ) for flag in flags.split()}
 
