@@ -17,7 +17,6 @@ from PIL import Image
 
 import lora
 import model
-import sampler
 from discriminator import SpatialHead, TemporalHead
 from solver import NUM_SIGMAS, SIGMA_MAX, SIGMA_MIN, karras_sigmas, strided
 from support.engine import command_line
@@ -190,18 +189,6 @@ def place(sigma):
     return 5.4 + 10.6 * math.log(SIGMA_MAX / sigma, SIGMA_MAX / SIGMA_MIN) if sigma else 17.3
 
 
-def visited(draw, *rest, **settings):
-    """The noise levels at which a sampler calls its network, then 0. draw: a sampler of sampler.py."""
-    calls = []
-
-    def net(inputs, c_noise, *_):
-        calls.append((4 * c_noise).exp().item())
-        return torch.zeros_like(inputs[:, :, :4])
-    cond = model.Cond(torch.zeros(1, 1, 8), torch.zeros(1, 1, 4, 1, 1), torch.zeros(1, 3))
-    draw(net, cond, *rest, generator=torch.Generator(), **settings)
-    return [*calls, 0]
-
-
 def jumps(sheet, y, sigmas, noise="fresh noise", names=None):
     """Draws a student's jumps to 0 and, from 0, the noise that leads to the next level, one line lower."""
     for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
@@ -233,16 +220,15 @@ def noise_axis():
     }.items():
         sheet.write(0.3, y, text, align="left")
     # An arc for each step of the teacher.
-    x = [place(sigma) for sigma in visited(sampler.sample_teacher, karras_sigmas(25))]
+    x = [place(sigma) for sigma in karras_sigmas(25).tolist()]
     turn = torch.linspace(0, math.pi, 30)
     for start, end in zip(x, x[1:]):
         across, height = start + (end - start) * (1 - turn.cos()) / 2, min(0.4, end - start) * turn.sin()
         sheet.axes.plot(across, 8.4 + height, color=COLOURS["teacher"], lw=2)
     sheet.axes.plot(x, [8.4] * len(x), "o", color=COLOURS["teacher"], ms=5)
     for y, k in (7.25, 1), (6.3, 2), (4.95, 4):
-        jumps(sheet, y, visited(sampler.sample, strided(grid, k)))
-    jumps(sheet, 2.1, visited(sampler.sample, strided(grid, 2), tts=True), "mixed noise",
-          ("`sigma_t`", "`sigma_s`"))
+        jumps(sheet, y, strided(grid, k).tolist())
+    jumps(sheet, 2.1, strided(grid, 2).tolist(), "mixed noise", ("`sigma_t`", "`sigma_s`"))
     sheet.write(12.9, 1.28, "The look-ahead level is `sigma_s`. The readout is the end of the second jump.")
     sheet.legend(0.5, teacher="teacher: one Euler step", student="student: `consistency` jumps to 0",
                  data="noise is added")
