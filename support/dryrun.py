@@ -1,4 +1,4 @@
-"""--dry_run: what a run will need, measured in two minutes before it takes a night.
+"""--dry_run: what a run will need, measured in a few steps before it takes a night.
 
     DryRun              takes the place of engine.Run in a trainer: a few steps, then a summary
     encode              the same for `data.py encode`
