@@ -156,6 +156,8 @@ def number(low, high):
     return parse
 
 
+positive = number(1, 10 ** 9)                       # the type of a flag that counts something
+
 # The lowest and highest value of the flags of all scripts; whole numbers if both limits are.
 LIMITS = {flag: (low, high) for low, high, flags in (
     (1, 10 ** 9, "max_train_steps checkpointing_steps validation_steps log_steps checkpoints_total_limit"),

@@ -22,9 +22,9 @@ from support import checkpoint, engine, media  # noqa: E402
 from tools import bench  # noqa: E402
 
 parser = engine.command_line("Measure how fast clips are decoded from videos.")
-parser.add_argument("--num_frames", type=engine.number(1, 10 ** 9), default=14, help="frames per clip")
-parser.add_argument("--seconds", type=engine.number(1, 10 ** 9), default=6, help="length of the video")
-parser.add_argument("--clips", type=engine.number(1, 10 ** 9), default=16, help="clips decoded at each size")
+parser.add_argument("--num_frames", type=engine.positive, default=14, help="frames per clip")
+parser.add_argument("--seconds", type=engine.positive, default=6, help="length of the video")
+parser.add_argument("--clips", type=engine.positive, default=16, help="clips decoded at each size")
 parser.add_argument("--device", choices=["cpu"], default="cpu", help="where it runs")
 parser.add_argument("--report", type=Path, help="JSON file to write")
 args = parser.parse_args()
