@@ -1,0 +1,388 @@
+"""Runs every command from videos to a student in diffusers, and checks all files and logs that they write.
+
+    $ python tests/rehearsal.py --report results/rehearsal.json     # SVD's size: one GPU, 50 GB of disk
+    $ python tests/rehearsal.py --size small                        # the toy networks: minutes on a CPU
+    $ python tests/rehearsal.py --work out/rehearsal --legs pipeline videos     # two legs; the folder stays
+
+It is run by hand, not by pytest, and needs diffusers and PEFT. At full size, weights are random. The videos
+are made here. LEGS is the table of what runs: each leg has commands, checks and a folder WORK/NAME.
+A leg that passes leaves the marker WORK/NAME.json, and is skipped when the script starts again with --work.
+The exit status is 1 if a check failed. Memory is that of the GPU if a log has it, else of the process.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+import lora  # noqa: E402
+import model  # noqa: E402
+from support import checkpoint, engine, media  # noqa: E402
+from tools import bench  # noqa: E402
+
+parser = engine.command_line("Run all commands from videos to diffusers once, and check what they write.")
+flag = parser.add_argument
+flag("--size", type=str, choices=["full", "small"], default="full", help="of the networks: SVD's, or toys")
+flag("--work", type=Path, help="folder for all files (None: a temporary one, deleted at the end)")
+flag("--legs", nargs="+", help="run only these (None: all that have not passed)")
+flag("--report", type=Path, help="JSON file to write")
+flag("--inside", help="for the script itself: do the work of this leg in this process")
+args = parser.parse_args()
+args.device = engine.choose_device()
+full, on_gpu = args.size == "full", args.device.type == "cuda"
+work = (args.work or Path(tempfile.mkdtemp(prefix="rehearsal"))).resolve()
+
+STEPS1, STEPS2, KILL_AT, TERM_AT = (16, 20, 11, 9) if full else (12, 14, 11, 9)
+SIZE1, SIZE2 = ((1024, 576), (576, 320)) if full else ((64, 48), (48, 32))      # of stages 1 and 2
+GOOD, BAD = 12, {"broken.mp4", "short.mp4"}                                     # videos
+# On a GPU, the order of sums can differ between two runs. This changes a result now and then by a rounding of
+# bf16. Other clips or other noise change a loss far more: the report has its change from step to step.
+TOLERANCE = torch.finfo(torch.bfloat16).eps if on_gpu else 0.0                  # relative; eps is 2^-7
+
+# ---- What no command of the repository does -------------------------------------------------------------
+
+
+def make_pipeline(folder):
+    """Writes a pipeline in SVD's layout, with DINOv2 inside."""
+    torch.manual_seed(0)
+    if full:
+        bench.random_pipeline(folder, args.device)
+    else:
+        shutil.copytree(checkpoint.ASSETS / "toy", folder, dirs_exist_ok=True)
+
+
+def make_videos(folder):
+    """Writes moving random patterns: GOOD videos, a third of them in 576p, BAD ones, and a picture."""
+    def write(name, seconds, fps, width, height):
+        pattern = 255 * torch.rand(1, 3, height // 20, width // 20)
+        pattern = F.interpolate(pattern, (height, width), mode="bilinear")[0].byte().permute(1, 2, 0)
+        frames = [pattern.contiguous().roll((i, 7 * i), (0, 1)) for i in range(seconds * fps)]
+        media.write_mp4(torch.stack(frames).numpy(), folder / name, fps)                        # f H W 3
+        return pattern                                                                          # H W 3
+
+    sizes = ((1920, 1080), (1024, 576)) if full else ((320, 180), (160, 90))
+    for i in range(GOOD):
+        pattern = write(f"{i:02d}.mp4", 3, (24, 25, 30)[i % 3], *sizes[i % 3 == 2])
+    media.save_sheet(pattern.permute(2, 0, 1)[None, None] / 127.5 - 1, folder / "picture.png")
+    write("short.mp4", 1, 24, *sizes[1])
+    content = (folder / "00.mp4").read_bytes()
+    (folder / "broken.mp4").write_bytes(content[:len(content) // 5])
+
+
+def run_card(folder):
+    """Runs the code of the exported model card, which writes two gif files."""
+    code = "".join(re.findall(r"(?s)```python\n(.*?)```", (work / "export/osv/README.md").read_text()))
+    code = code.replace('"osv"', repr(f"{work}/export/osv")).replace("in.png", f"{work}/videos/picture.png")
+    os.chdir(folder)
+    exec(code.replace('   # .to("cuda")', '.to("cuda")') if on_gpu else code, {})
+
+
+@torch.no_grad()
+def run_peft(folder):
+    """Puts the LoRA of stage 1 into diffusers' UNet through PEFT, as docs/diffusers.md says. Writes relative
+    differences to its outputs in fp32: of merged/, of both in bf16, and of the UNet without the LoRA."""
+    from diffusers import UNetSpatioTemporalConditionModel as Theirs
+    from diffusers.loaders import PeftAdapterMixin
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    theirs = Theirs.from_pretrained(work / "pipeline/unet", torch_dtype=torch.float32)
+    width, height = SIZE2
+    given = [torch.randn(1, 14, 8, height // 8, width // 8), torch.tensor([1.625]),     # 1 f 8 h w, c_noise
+             torch.randn(1, 1, theirs.config.cross_attention_dim), torch.tensor([[6.0, 127.0, 0.0]])]
+    call = lambda net, dtype: net.to(args.device, dtype)(
+        *(x.to(args.device, dtype) for x in given))[0].float().flatten()
+    outputs = {"without": call(theirs, torch.float32)}
+    theirs.__class__ = type("LoraUNet", (Theirs, PeftAdapterMixin), {})
+    theirs.load_lora_adapter(str(work / "stage1"), prefix="unet", use_safetensors=True)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        outputs |= {f"peft_{name}": call(theirs, dtype),
+                    f"merged_{name}": call(model.load_unet(work / "stage1/merged"), dtype)}
+    reference = outputs.pop("peft_fp32")
+    checkpoint.write_json(folder / "errors.json", {
+        name: ((y - reference).norm() / reference.norm()).item() for name, y in outputs.items()})
+
+
+# ---- Checks: generators of (what, passed, value); passed is None for a measurement ----------------------
+
+
+def tensors(folder, name="diffusion_pytorch_model"):
+    return dict(checkpoint.read_safetensors([folder / f"{name}.safetensors"]))
+
+
+def probe(file):
+    """Decodes a video or gif -> [width, height, frames, fps], and whether its last frame has contrast."""
+    with av.open(str(file)) as container:
+        *_, last = frames = list(container.decode(video=0))
+        fps = round(float(container.streams.video[0].average_rate), 1)
+        return [last.width, last.height, len(frames), fps], bool(last.to_ndarray(format="rgb24").std() > 1)
+
+
+def intact(folder):
+    """Opens every file of a leg. One that cannot be opened raises an error."""
+    files, bad = [file for file in folder.rglob("*") if file.is_file() and file.name not in BAD], []
+    for file in files:
+        bad += [file.name] * (".part" in file.name or file.name.startswith(".tmp"))
+        if file.suffix == ".safetensors":
+            bad += [key for key, x in tensors(file.parent, file.stem).items() if not x.isfinite().all()]
+        elif file.suffix in (".json", ".jsonl"):
+            bad += re.findall(r"\b(?:NaN|Infinity)\b", file.read_text())
+        elif file.suffix in (".png", ".jpg"):
+            Image.open(file).load()
+        elif file.suffix == ".mp4":
+            probe(file)
+    yield "files open, numbers in them are finite", not bad, bad or len(files)
+
+
+def has(*names):
+    return lambda folder: ((name, (folder / name).is_file(), None) for name in names)
+
+
+def says(*patterns):
+    """A check that the log has lines that match."""
+    lines = lambda folder, pattern: re.findall(f".*{pattern}.*", folder.with_suffix(".log").read_text())
+    return lambda folder: ((p, bool(lines(folder, p)), lines(folder, p)) for p in patterns)
+
+
+def lists_bad(name, folder):
+    rows = {Path(row["path"]).name: row["reason"] for row in checkpoint.read_lines(folder / name)}
+    yield "bad videos and reasons", rows.keys() == BAD, rows
+
+
+def trained(num_steps, pattern, folder):
+    """The log of a training, and its merged/: weights that do not match `pattern` are those of the source, to
+    the bit. Both files are in fp16."""
+    rows = checkpoint.read_lines(folder / "metrics.jsonl")
+    steps = [row["step"] for row in rows if not row["skipped"]]
+    yield "a line for each step, none skipped", steps == [*range(1, num_steps + 1)], len(rows)
+    middle = lambda values: sorted(values)[len(values) // 2]
+    yield "seconds per step", None, middle([row["s_per_step"] for row in rows])
+    yield "share of a step that waits for data", None, middle([row["data_wait"] for row in rows])
+    yield "relative change of loss_huber from step to step", None, middle([
+        abs(a["loss_huber"] / b["loss_huber"] - 1) for a, b in zip(rows, rows[1:])])
+    source, merged = tensors(work / "pipeline/unet"), tensors(folder / "merged")
+    changed = {key for key in source if not torch.equal(source[key], merged[key])}
+    wrong, free = [key for key in changed if not re.search(pattern, key)], [
+        key for key in source if re.search(pattern, key)]
+    same = source.keys() == merged.keys() and not wrong
+    yield "frozen weights equal the source to the bit", same, wrong[:3] or len(source) - len(free)
+    yield "trained tensors that changed", bool(changed), f"{len(changed)} of {len(free)}"
+
+
+def resumed(straight, first, start, folder):
+    """A stopped and resumed run against the run `straight`. first: step of the resume. start: folder with the
+    first weights, None for a LoRA whose B starts at 0."""
+    begins = [*map(int, re.findall(r"; from step (\d+)", folder.with_suffix(".log").read_text()))]
+    yield "first step of each process", len(begins) == 2 and begins[1] in first, begins
+    ours, theirs = (checkpoint.read_lines(path / "metrics.jsonl") for path in (folder, work / straight))
+    for name in ("loss_d", "loss_huber", "loss_adv"):
+        apart = max(abs(a[name] / b[name] - 1) for a, b in zip(ours, theirs))
+        yield f"{name}: largest relative difference to the uninterrupted run", apart <= TOLERANCE, apart
+    a, b, begin = (tensors(path, "student") if path else {} for path in (folder, work / straight, start))
+    square = lambda other: sum((b[k] - other.get(k, 0)).square().sum().item() for k in b if "lora_B" in k)
+    apart = (square(a) / square(begin)) ** 0.5
+    yield "distance of lora_B, relative to how far it moved", None if on_gpu else apart == 0, apart
+
+
+def video(name, size, folder):
+    """size: exact, or of a sheet, which may be reduced."""
+    (width, height, *rest), contrast = probe(folder / name)
+    same = (width, height) == size if "sample" not in name else width * size[1] == height * size[0]
+    right = same and rest[0] == 14 and 7 <= rest[1] < 7.2
+    yield f"{name}: size, frames, fps, contrast", right and contrast, [width, height, *rest]
+
+
+def exported(folder):
+    for name, source in (("unet", work / "stage2/merged"), ("vae", work / "pipeline/vae")):
+        ours = tensors(source)
+        theirs = tensors(folder / "osv" / name, "diffusion_pytorch_model" + ".fp16" * full)
+        same = ours.keys() == theirs.keys() and all(
+            torch.equal(x.float(), theirs[key].float()) for key, x in ours.items())
+        yield f"{name} equals its source to the bit", same, len(ours)
+
+
+def near(folder):
+    errors = json.loads((folder / "errors.json").read_text())
+    yield "fp32: 5 times nearer than without LoRA", 5 * errors["merged_fp32"] < errors["without"], errors
+    yield "bf16: as near as PEFT in bf16", errors["merged_bf16"] < 1.5 * errors["peft_bf16"], None
+
+
+# ---- Legs -----------------------------------------------------------------------------------------------
+
+# commands: without `python`. stop: (signal, step) that ends the command, which then runs again. Checkpoints
+# are deleted after the checks: one of stage 2 has 7 GB.
+Leg = namedtuple("Leg", "what commands checks stop", defaults=[None])
+INSIDE = {"pipeline": make_pipeline, "videos": make_videos, "diffusers": run_card, "peft": run_peft}
+inside = {name: [f"tests/rehearsal.py --inside {name} --size {args.size} --work WORK"] for name in INSIDE}
+AT1, AT2 = (f"--width {width} --height {height}" for width, height in (SIZE1, SIZE2))
+TRAIN = ("--preset one_gpu --model WORK/pipeline --dino WORK/pipeline/dinov2 --learning_rate 1e-4 "
+         "--lr_d 2e-4 --warmup_steps 5 --validation_teacher_steps 8 --checkpoints_total_limit 1"
+         + " --batch_size 2 --gradient_accumulation_steps 2" * (not full))
+STAGE1 = f"train_stage1.py {TRAIN} {AT1} --data WORK/check/good.jsonl"
+RUN1 = f"{STAGE1} --max_train_steps {STEPS1} --checkpointing_steps 10 --log_steps 1"
+RUN2 = (f"train_stage2.py {TRAIN} {AT2} --data WORK/encode --stage1 WORK/stage1 "
+        f"--max_train_steps {STEPS2} --checkpointing_steps 99 --log_steps 1")
+STUDENT = "--model WORK/pipeline --student WORK/stage2/merged"
+SAMPLE = f"sampler.py --image WORK/videos/picture.png {STUDENT} {AT1}"
+LORA = rf"(^|\.)({lora.LORA_TARGETS})\.weight$"
+FILES = "student.safetensors", "disc.safetensors", "merged/config.json"
+AFTER1 = [partial(trained, STEPS1, LORA), has(*FILES, lora.LORA_FILE)]
+AFTER2 = [partial(trained, STEPS2, rf"{LORA}|\.temporal_transformer_blocks\."), has(*FILES)]
+
+LEGS = {
+    "pipeline": Leg("networks in SVD's layout", inside["pipeline"], [has("model_index.json")]),
+    "videos": Leg("video files", inside["videos"], [has(*BAD, "picture.png")]),
+    "check": Leg("data.py check", [f"data.py check WORK/videos {AT2} --out WORK/check/good.jsonl"], [
+        says(f"{GOOD} videos are good", "2 are not"), partial(lists_bad, "good.bad.jsonl")]),
+    "encode": Leg("data.py encode", [
+        f"data.py encode WORK/videos --model WORK/pipeline {AT2} --num_clips {GOOD + 2} --shard_size 7 "
+        "--out WORK/encode", "data.py check WORK/encode"], [
+        says("all 2 shards have the right checksums"), partial(lists_bad, "bad-0.jsonl")]),
+    "preview": Leg("data.py preview", [
+        f"data.py preview WORK/videos {AT2} --num_clips 4 --out WORK/preview/sheet.png"], [has("sheet.png")]),
+    "dry_run": Leg("stage 1 --dry_run", [f"{STAGE1} --dry_run --output_dir WORK/dry_run"], [
+        says("data    20 clips", "step    ", "disk    ", "run     2000 steps"),
+        lambda folder: [("no file is left", [file.name for file in folder.iterdir()] == [".lock"], None)]]),
+    "stage1_straight": Leg(f"stage 1, {STEPS1} steps", [
+        f"{RUN1} --validation_steps 99 --output_dir WORK/stage1_straight"], AFTER1),
+    "stage1": Leg(f"stage 1, SIGKILL at {KILL_AT}, resumed", [
+        f"{RUN1} --validation_steps {STEPS1} --output_dir WORK/stage1"], [
+        *AFTER1, partial(resumed, "stage1_straight", [10], None),
+        partial(video, f"sample-{STEPS1:06d}.mp4", SIZE1), has(f"sample-{STEPS1:06d}.png")],
+        (signal.SIGKILL, KILL_AT)),
+    "stage2_straight": Leg(f"stage 2, {STEPS2} steps", [
+        f"{RUN2} --validation_steps 99 --output_dir WORK/stage2_straight"], AFTER2),
+    "stage2": Leg(f"stage 2, SIGTERM at {TERM_AT}, resumed", [
+        f"{RUN2} --validation_steps {STEPS2} --output_dir WORK/stage2"], [
+        *AFTER2, partial(resumed, "stage2_straight", range(TERM_AT, STEPS2), work / "stage1"),
+        partial(video, f"sample-{STEPS2:06d}.mp4", SIZE2), has(f"sample-{STEPS2:06d}.png")],
+        (signal.SIGTERM, TERM_AT)),
+    "one_step": Leg("sampler.py, one step", [f"{SAMPLE} --no_tts --out WORK/one_step/out.mp4"], [
+        partial(video, "out.mp4", SIZE1)]),
+    "time_travel": Leg("sampler.py, Time Travel", [f"{SAMPLE} --out WORK/time_travel/out.mp4"], [
+        partial(video, "out.mp4", SIZE1)]),
+    "fvd": Leg("evaluate.py fvd, 32 clips", [
+        f"evaluate.py fvd {STUDENT} {AT1} --sampler tts --detector assets/toy/i3d --num_clips 32 "
+        "--data WORK/check/good.jsonl --batch_size 4 --report WORK/fvd/fvd.json"],
+        [has("fvd.json", "fvd.jpg")]),
+    "export": Leg("tools.export export", [
+        f"-m tools.export export {STUDENT} --output_dir WORK/export/osv" + " --dtype fp16" * full],
+        [exported]),
+    "diffusers": Leg("code of the model card", inside["diffusers"], [
+        partial(video, name, SIZE1 if full else (128, 128)) for name in ("one_step.gif", "time_travel.gif")]),
+    "peft": Leg("LoRA through PEFT", inside["peft"], [near]),
+}
+
+# ---- Running --------------------------------------------------------------------------------------------
+
+
+def run(command, log, stop=None):
+    """Runs a command until it ends, or until stop = (signal, step, metrics) -> (exit status, resident GB)."""
+    argv = [sys.executable, *(part.replace("WORK", str(work)) for part in command.split())]
+    with open(log, "a") as file:
+        print(f"$ python {command}", file=file, flush=True)
+        child = subprocess.Popen(argv, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+                                 env=os.environ | {"HF_HUB_OFFLINE": "1", "OSV_REHEARSAL": str(work)})
+    try:
+        while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+            if stop and stop[2].exists() and stop[2].read_bytes().count(b"\n") >= stop[1]:
+                os.kill(child.pid, stop[0])
+                stop = None
+            time.sleep(0.02)
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise
+    child.returncode = os.waitstatus_to_exitcode(ended[1])
+    return child.returncode, ended[2].ru_maxrss * 1024 / 1e9
+
+
+def run_leg(name, leg):
+    """Runs a leg and its checks -> its row. An error in a check is a failed check."""
+    print(f"{time.strftime('%H:%M:%S')} {name}: {leg.what}", flush=True)
+    folder, log, rows, memory = work / name, work / f"{name}.log", [], 0.0
+    shutil.rmtree(folder, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    folder.mkdir()
+    add = lambda what, passed, value=None: rows.append({"check": what, "passed": passed, "value": value})
+    began, runs = time.time(), [(command, None) for command in leg.commands]
+    if leg.stop:
+        runs.insert(0, (leg.commands[0], (*leg.stop, folder / "metrics.jsonl")))
+    for command, stop in runs:
+        status, resident = run(command, log, stop)
+        memory = max(memory, resident)
+        add("exit status", status == (-9 if stop and stop[0] == signal.SIGKILL else 0), status)
+    seconds, text = time.time() - began, log.read_text()
+    on_card = [float(a or b) for a, b in re.findall(
+        r"(?:memory_gb |peak memory )([\d.]+)|([\d.]+) GB of GPU memory", text)] if on_gpu else []
+    disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9
+    changed = [str(file) for file in work.rglob("*") if file.is_file() and file.stat().st_mtime > began
+               and folder not in file.parents and file != log]
+    # A decoder needs a moment to end after its trainer.
+    search = f"sleep 1; grep -lsF 'OSV_REHEARSAL={work}' /proc/[0-9]*/environ"
+    left = subprocess.run(["sh", "-c", search], stdout=subprocess.PIPE, text=True).stdout.split()
+    for what, found in (
+            ("no process is left", left), ("no file of another leg is changed", changed),
+            ("no error in the log", re.findall(r"(?i).*(?:traceback|\bnan\b|\binf\b).*", text))):
+        add(what, not found, found or None)
+    add("warnings in the log", None, sorted(set(re.findall(r"(?i).*warning.*", text))))
+    for check in (intact, *leg.checks):
+        try:
+            for result in check(folder):
+                add(*result)
+        except Exception as error:
+            add(getattr(check, "func", check).__name__, False, repr(error))
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    return {"leg": name, "what": leg.what, "commands": [f"python {command}" for command, _ in runs],
+            "seconds": seconds, "peak_memory_gb": max(on_card, default=memory),
+            "memory": "GPU" if on_card else "process", "disk_gb": disk, "checks": rows}
+
+
+def main():
+    """Runs the legs, prints and writes the table -> lines of the checks that failed, or None."""
+    rows, failures = [], []
+    for name, leg in LEGS.items():
+        marker = work / f"{name}.json"
+        if not marker.exists() and name not in (args.legs or LEGS):
+            continue
+        row = json.loads(marker.read_text()) if marker.exists() else run_leg(name, leg)
+        bad = [check for check in row["checks"] if check["passed"] is False]
+        failures += [f"FAILED {name}: {check['check']}: {check['value']}" for check in bad]
+        rows.append(row)
+        if not bad:
+            checkpoint.write_json(marker, row)
+        if args.report:                                     # after each leg, in case the time ends
+            checkpoint.write_json(args.report, {**evaluate.record(args), "legs": rows})
+    for row in rows:
+        passed = [check["passed"] for check in row["checks"] if check["passed"] is not None]
+        bench.tell(f"{row['leg']:16} {row['what']}", s=row["seconds"], disk_gb=row["disk_gb"],
+                   memory_gb=row["peak_memory_gb"], of=row["memory"], checks=f"{sum(passed)}/{len(passed)}")
+    return "\n".join(failures) or None
+
+
+if args.inside:
+    INSIDE[args.inside](work / args.inside)
+    print(f"peak memory {engine.peak_memory(args.device):.2f} GB")
+    sys.exit()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                 # so that the child is ended, too
+work.mkdir(parents=True, exist_ok=True)
+try:
+    if unknown := set(args.legs or []) - set(LEGS):
+        parser.error(f"--legs {' '.join(unknown)}: not in {' '.join(LEGS)}")
+    sys.exit(main())
+finally:
+    if not args.work:
+        shutil.rmtree(work)
