@@ -169,12 +169,16 @@ class Sheets:
         return torch.cat(samples)
 
     def save(self, folder, step, fps):
-        """Writes sample-STEP.png (a contact sheet) and sample-STEP.mp4 (all clips in a grid)."""
+        """Writes sample-STEP.png (a contact sheet) and sample-STEP.mp4 (all clips in a grid). Frames of 512
+        pixels and more are reduced to about 256, because a sheet has 16 clips."""
         sigmas = karras_sigmas(NUM_SIGMAS)
         students = self.draw(sample, strided(sigmas, 1)), self.draw(sample, strided(sigmas, 2), tts=True)
-        rows = self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in students]
-        save_sheet(torch.cat(rows), folder / f"sample-{step:06d}.png")
-        grid = rearrange(torch.stack(rows), "rows n f c h w -> f c (rows h) (n w)")
+        rows = torch.cat(                                                               # (rows n) f 3 H W
+            self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in students])
+        small = F.avg_pool2d(rows.flatten(0, 1), max(1, rows.shape[-1] // 256))         # (rows n f) 3 h w
+        small = small.unflatten(0, rows.shape[:2])                                      # (rows n) f 3 h w
+        save_sheet(small, folder / f"sample-{step:06d}.png")
+        grid = rearrange(small, "(rows n) f c h w -> f c (rows h) (n w)", rows=4)
         save_video(grid, folder / f"sample-{step:06d}.mp4", fps)
 
 

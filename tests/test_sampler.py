@@ -331,3 +331,12 @@ def test_plain_networks_make_the_same_video(pipeline_folder, tmp_path, monkeypat
         latents.append(load_file(tmp_path / f"{name}.safetensors")["latents"])
     assert [type(net) for net in kept] == [model.UNet, model.VAE]       # --plain does not call it
     assert_close_relative(latents[0], latents[1], 1e-4)
+
+
+def test_sheets_of_large_clips_are_reduced(tmp_path, monkeypatch):
+    sheets, clips = sampler.Sheets.__new__(sampler.Sheets), torch.zeros(1, 2, 3, 288, 512)
+    sheets.vae, sheets.fixed_rows, sheets.draw = None, [clips, clips], lambda *_, **__: None
+    monkeypatch.setattr(sampler, "decode", lambda *_: clips)
+    sheets.save(tmp_path, 3, 7)
+    with Image.open(tmp_path / "sample-000003.png") as sheet:
+        assert 2 * 256 <= sheet.width < 2 * 260 and 4 * 144 <= sheet.height < 4 * 148
