@@ -1186,10 +1186,17 @@ def launches(spoiled=False):
             return result
         return launch
 
+    before = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
         for kind in (InterpretedFunction, JITFunction):
             patch.setattr(kind, "run", guarded(kind.run))
-        yield launched
+        # Fills torch.empty with NaN. Otherwise memory that a kernel does not write may hold an older, right
+        # result by chance.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield launched
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
 # ---------------------------------------------------------------------------------------------------------
