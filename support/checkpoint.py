@@ -135,6 +135,16 @@ def save_network(net, folder, dtype=None, variant=None):
     write_json(Path(folder) / "config.json", {**net.config, **kind})
 
 
+def check_fit(unet, vae, image_encoder):
+    """Raises ModelError for networks of different models, which cannot work together."""
+    for what, of_unet, of_other in (
+            ("image embeddings", unet.config["cross_attention_dim"], image_encoder.config["projection_dim"]),
+            ("channels", unet.config["in_channels"], 2 * vae.config["latent_channels"])):
+        if of_unet != of_other:
+            raise ModelError(f"the UNet takes {of_unet} {what}, the other networks of --model make "
+                             f"{of_other}: are all of them from one model?")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Folders, shards and the hub
 

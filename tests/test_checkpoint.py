@@ -487,3 +487,14 @@ def test_hub_errors_are_one_sentence(monkeypatch, error, message):
     with pytest.raises(ModelError, match=f"^owner/name: .*{message}") as caught:
         model.load_unet("owner/name")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [None, "cross_attention_dim", "in_channels"])
+def test_networks_of_two_models_do_not_fit(wrong):
+    configs = {"cross_attention_dim": 64, "in_channels": 8}, {"latent_channels": 4}, {"projection_dim": 64}
+    nets = [SimpleNamespace(config=config) for config in configs]
+    if not wrong:
+        return checkpoint.check_fit(*nets)
+    nets[0].config[wrong] *= 2
+    with pytest.raises(ModelError, match="are all of them from one model"):
+        checkpoint.check_fit(*nets)

@@ -37,6 +37,7 @@ def export(args):
         unet = merge_lora(load_lora(unet, args.student, whole=False), scale=-1)
     else:
         unet = load_student(args.student, unet, args.variant)
+    checkpoint.check_fit(unet, vae, image_encoder)
     suffix = None if args.dtype == "fp32" else args.dtype
     for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
         checkpoint.clear_parts(args.output_dir / part)
