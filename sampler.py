@@ -169,8 +169,9 @@ class Sheets:
         return torch.cat(samples)
 
     def save(self, folder, step, fps):
-        """Writes sample-STEP.png (a contact sheet) and sample-STEP.mp4 (all clips in a grid). Frames of 512
-        pixels and more are reduced to about 256, because a sheet has 16 clips."""
+        """Writes sample-STEP.png (a contact sheet) and sample-STEP.mp4 (all clips in a grid). Returns the
+        PSNR of one step against the real clips, in dB. Frames of 512 pixels and more are written at about
+        256, because a sheet has 16 clips."""
         sigmas = karras_sigmas(NUM_SIGMAS)
         students = self.draw(sample, strided(sigmas, 1)), self.draw(sample, strided(sigmas, 2), tts=True)
         rows = torch.cat(                                                               # (rows n) f 3 H W
@@ -180,6 +181,8 @@ class Sheets:
         save_sheet(small, folder / f"sample-{step:06d}.png")
         grid = rearrange(small, "(rows n) f c h w -> f c (rows h) (n w)", rows=4)
         save_video(grid, folder / f"sample-{step:06d}.mp4", fps)
+        real, _, one_step, _ = rows.chunk(4)                                            # n f 3 H W each
+        return 10 * (4 / F.mse_loss(one_step, real)).log10().item()                     # pixels in [-1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -272,6 +275,7 @@ def load_networks(args, dtype):
     unet = model.load_unet(args.model, dtype=dtype, **source)
     if args.student:
         unet = load_student(args.student, unet, args.variant)
+    checkpoint.check_fit(unet, vae, image_encoder)
     if not args.plain:
         unet, vae = fast(unet), fast(vae)
     return unet, vae, image_encoder

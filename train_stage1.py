@@ -37,7 +37,8 @@ PRESETS = {
     "toy": dict(batch_size=64, num_clips=40000, max_train_steps=1240, learning_rate=3e-4, lr_d=1e-3,
                 warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
                 validation_steps=310, checkpointing_steps=310, log_steps=25),
-    # The paper's setting: SVD on 8 GPUs, with your own --data. Where it is silent: docs/decisions.md.
+    # The paper's setting: SVD on 8 GPUs, with your own --data. docs/decisions.md says what stands here where
+    # the paper is silent.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=1024, height=576, batch_size=8, max_train_steps=2000, learning_rate=5e-6, lr_d=1e-5,
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
@@ -86,23 +87,14 @@ if world.rank == 0:                                                 # draws the 
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 
-
-def save_sheet(folder, step):
-    """Writes a sample sheet. With --overfit, returns the PSNR of one step against its clips, in dB."""
-    sheets.save(folder, step, data.FPS)
-    if args.overfit:
-        frames = sampler.decode(vae, sheets.draw(sampler.sample, sigmas[[0, -1]])).cpu()        # n f 3 H W
-        mse = (frames - sheets.fixed_rows[0]).square().mean()                   # of frames in [-1, 1]
-        return {"psnr": (10 * (4 / mse).log10()).item()}
-
-
 # ---- Optimisers and resume ------------------------------------------------------------------------------
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 # The whole state of a run. Noise and the order of clips need none: they are functions of the step.
 state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
-run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d}, save_sheet)
+run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
+                 save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
 theta.copy_to_net()
 run.announce(net, theta.masters, psi)
 run = dryrun.DryRun(run, latents) if args.dry_run else run          # ends the loop after a few steps
@@ -155,8 +147,8 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-# A function for each micro-batch, because activations that wait for the G step stay in the memory of their
-# CUDA graph.
+# One function per micro-batch. With --keep_activations each one is a CUDA graph of its own, because its
+# activations stay in the memory of that graph until the G step.
 d_steps, g_steps = [d_step] * parts, [g_step] * parts
 power_iteration = partial(engine.power_iteration, disc)
 if args.cuda_graph and device.type == "cuda":

@@ -40,7 +40,8 @@ PRESETS = {
     "toy": dict(batch_size=64, num_clips=20000, max_train_steps=2100, learning_rate=2e-4, lr_d=1e-3,
                 warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
                 real="data", guidance=[1.0] * 4, validation_steps=300, checkpointing_steps=300, log_steps=50),
-    # The paper's setting: SVD on 2 GPUs, with your own --data. Where it is silent: docs/decisions.md.
+    # The paper's setting: SVD on 2 GPUs, with your own --data. docs/decisions.md says what stands here where
+    # the paper is silent.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=576, height=320, batch_size=2, max_train_steps=20000, learning_rate=5e-6, lr_d=1e-5,
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
@@ -185,8 +186,8 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
     return loss_huber.detach(), loss_adv.detach()
 
 
-# A function for each micro-batch, because activations that wait for the G step stay in the memory of their
-# CUDA graph.
+# One function per micro-batch. With --keep_activations each one is a CUDA graph of its own, because its
+# activations stay in the memory of that graph until the G step.
 d_steps, g_steps = [d_step] * parts, [g_step] * parts
 power_iteration = partial(engine.power_iteration, disc)
 if args.cuda_graph and device.type == "cuda":

@@ -278,7 +278,7 @@ def training_flags(description, presets):
     flag("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="where to "
          "send the log, besides metrics.jsonl; tensorboard: if it is installed")
     flag("--dry_run", action="store_true", help="measure data, a step, memory and disk; print how long the "
-         "run will take; write no files")
+         "run will take; keep nothing but a list of bad videos")
     return parser
 
 
@@ -371,9 +371,11 @@ class MasterWeights:
 
 def trained_names(net, train):
     """Names of the UNet's parameters that --train selects: LoRA, temporal transformer blocks, or all."""
-    temporal = ".temporal_transformer_blocks."
-    return [name for name, _ in net.named_parameters() if (
-        "lora" in train if ".lora_" in name else train == "all" or "temporal" in train and temporal in name)]
+    def trains(name):
+        if ".lora_" in name:
+            return "lora" in train
+        return train == "all" or "temporal" in train and ".temporal_transformer_blocks." in name
+    return [name for name, _ in net.named_parameters() if trains(name)]
 
 
 @contextmanager
@@ -454,10 +456,11 @@ def graph_memory():
 
 def start_gradients(parameters, buffers):
     """Before the first micro-batch of a step, when .grad is None, makes zeroed `buffers` the gradients of
-    `parameters`. Later micro-batches add to them. A CUDA graph writes to fixed addresses, so these tensors
-    stay: the first call adds them to the list `buffers`."""
+    `parameters`. Later micro-batches add to them. A CUDA graph writes to fixed addresses, so each step uses
+    the same buffers: the first call puts them into the list `buffers`, which is empty then."""
     if parameters and parameters[0].grad is None:
-        buffers += [] if buffers else [torch.empty_like(p) for p in parameters]
+        if not buffers:
+            buffers.extend(torch.empty_like(p) for p in parameters)
         torch._foreach_zero_(buffers)
         for p, buffer in zip(parameters, buffers):
             p.grad = buffer
@@ -517,9 +520,9 @@ class Run:
     that --resume_from_checkpoint names.
 
     groups, optimizers: the state of the run, see checkpoint.collect; all else is a function of the step.
-    stop: from start_training. save_sheet(folder, step) draws a sample sheet and returns numbers for the log,
-    {name: number} or None; only rank 0 calls it. `stopped` becomes True after SIGTERM, when the checkpoint is
-    written.
+    stop: from start_training. save_sheet(folder, step) draws a sample sheet and returns the PSNR of one step,
+    which the log has with --overfit; only rank 0 calls it. `stopped` becomes True after SIGTERM, when the
+    checkpoint is written.
     """
 
     def __init__(self, args, world, stop, groups, optimizers, save_sheet):
@@ -558,7 +561,8 @@ class Run:
                  "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
         self.log.add(**norms)
         if rank == 0 and self.step % args.validation_steps == 0:
-            self.measured = self.save_sheet(args.output_dir, self.step) or {}
+            psnr = self.save_sheet(args.output_dir, self.step)
+            self.measured = {"psnr": psnr} if args.overfit else {}
         if self.step % args.log_steps == 0:
             self.log.write(self.step, skipped=int(self.skipped), **self.measured)
             self.measured = {}
@@ -605,7 +609,8 @@ class Log:
     def __init__(self, args, world, step):
         self.args, self.world, self.step, self.first, self.report = args, world, step, step, None
         self.totals = {}                                                # {name: (sum, number of values)}
-        self.clock, self.start, self.waited = *(2 * [time.perf_counter()]), WAITED[0]
+        self.start = self.clock = time.perf_counter()                   # of the process, of the interval
+        self.waited = WAITED[0]
         if world.rank == 0 and args.report_to == "tensorboard":
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
