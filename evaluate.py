@@ -7,7 +7,8 @@
     load_detector       an I3D TorchScript file, or the folder of a VideoClassifier
     video_features      clips -> the detector's logits, which the distance compares
     frechet_distance    distance of the Gaussians fitted to two sets of features
-    intervals           the error bars of figures; share_interval: of a share
+    bootstrap           the figures of resampled clips; half_width: an error bar from them
+    share_interval      the error bar of a share
     open_reference      the real clips, and the conditions that every sampler starts from
     measure             generated clips -> all figures; summary: values of single clips -> figures
     parse_sampler       "25", "tts", "1 cfg 1.5": a sampler by its name
@@ -24,6 +25,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -127,19 +129,25 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
     return float(shift + cov_real.trace() + cov_fake.trace() - 2 * overlap)
 
 
-def intervals(figures, values, rounds: int = 40, seed: int = 0):
-    """Half the width of the 95 % bootstrap interval of each figure -> {name: number}: 1.96 standard
-    deviations over `rounds` resamplings of the clips. 0 for a figure that is not finite.
+def bootstrap(figures, values, rounds: int = 40, seed: int = 0):
+    """The figures of `rounds` resamplings of the clips -> {name: list of numbers}.
 
     figures(values) -> {name: number}; values: {name: one row per clip}. Row i of all of them belongs to the
-    same first frame, so all are resampled with the same indices. The mean over the resamplings is not used:
+    same first frame, so all are resampled with the same indices. The indices depend only on the seed and the
+    number of clips, so the draws of two samplers are paired. The mean over the resamplings is not used:
     repeated clips make a distance larger than it is.
     """
     generator, n = torch.Generator().manual_seed(seed), max(map(len, values.values()))
     draws = torch.randint(n, (rounds, n), generator=generator)
     found = [figures({name: x[i % len(x)] for name, x in values.items()}) for i in draws]
-    finite = {name: [row[name] for row in found if math.isfinite(row[name])] for name in found[0]}
-    return {name: 1.96 * torch.tensor(x).std().item() if len(x) > 1 else 0.0 for name, x in finite.items()}
+    return {name: [row[name] for row in found] for name in found[0]}
+
+
+def half_width(draws):
+    """Half the width of the 95 % interval of a figure: 1.96 standard deviations of its draws by `bootstrap`.
+    Draws that are not finite are left out; 0 if fewer than two remain."""
+    finite = [x for x in draws if math.isfinite(x)]
+    return 1.96 * statistics.stdev(finite) if len(finite) > 1 else 0.0
 
 
 def share_interval(share, n):
@@ -247,6 +255,7 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
     generate(numbers [b], seed) -> frames uint8 [b f 3 H W], seconds.
 
     fvd, interval       Frechet distance to the real clips, and half the width of its 95 % interval
+    fvd_draws           the distances of `bootstrap`, for the difference of two rows of the same clips
     seconds             per clip, from noise to latents; the time of the decoder is the same for all samplers
     sharpness           of the last frame: mean absolute difference of neighbouring pixels, relative to real
     diversity           mean absolute difference of two seeds, pixels in [-1, 1], first quarter of the clips
@@ -284,12 +293,14 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
             kept[name].append(x)
         shown.append(frames[numbers < SHOWN].cpu())
     values = {name: torch.cat(parts) for name, parts in kept.items()}                       # n .. each
-    figures, half = summary(values), intervals(summary, values)
+    figures, draws = summary(values), bootstrap(summary, values)
+    half = {name: half_width(x) for name, x in draws.items()}
     if "bad" in values:
         half |= {name: share_interval(figures[name], n) for name in ("bad", *DEFECTS, "astray")}
         bad = sum(1 << i for i in values["bad"].nonzero()[:, 0].tolist())
         figures |= {"bad_interval": half.pop("bad"), "bad_clips": f"{bad:x}"}
-    figures |= {"interval": half.pop("fvd"), "seconds": seconds / n, "intervals": half}
+    figures |= {"interval": half.pop("fvd"), "fvd_draws": [round(x, 3) for x in draws["fvd"]],
+                "seconds": seconds / n, "intervals": half}
     return torch.cat(shown), figures
 
 

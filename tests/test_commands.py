@@ -203,6 +203,7 @@ LEFT_OUT = {
     "python -m tools.tables table1 --report results/table1.json":
         "a GPU; tests/test_evaluate.py has a small one",
     "python -m tools.tables table2 --report results/table2.json": "the same",
+    "python -m tools.tables budgets --report results/budgets.json": "the same",
     "python -m tools.pages": "rewrites the pages under test; tests/test_evaluate.py has one of its own",
     "python -m tools.bench nets ...": "a GPU",
     "python -m tools.bench train --report results/train.json": "a GPU",

@@ -183,12 +183,13 @@ def is_rounded(figure, numbers):
 
 def stale_figures(text, elsewhere):
     """Figures in paragraphs, list items and table rows that name files of results/, which none of these files
-    has: decimals, and whole numbers from 10 on. Smaller ones mostly count things."""
-    text = re.sub(rf"{GENERATED}|```.*?```", "", text)
+    has: decimals, and whole numbers from 10 on. Smaller ones mostly count things. Commands do not count: they
+    may write the file that they name."""
+    text = re.sub(rf"{GENERATED}|```.*?```|(?m:^ {{4}}[^\n]*)", "", text)
     for paragraph in re.split(r"\n\n|\n(?=[-|] |\d+\. )", text):
         names = re.findall(r"results/(\w+\.(?:jsonl?|txt))", paragraph)
         numbers, shown = ([x for name in names for x in figures_of(name)[i]] for i in (0, 1))
-        words = re.sub(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d|^ {4}.*", " ", paragraph, flags=re.M)
+        words = re.sub(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d", " ", paragraph)
         for figure, unit in re.findall(rf"(?<![\w.,/])({NUMBER})(?!\w)[ ]?([%\w]*)", words) * bool(names):
             figure = figure.replace(",", "")
             derivation = elsewhere.get(figure, "")

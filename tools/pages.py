@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/*.md, and two pictures, from the reports in results/.
+"""Writes the tables of README.md and docs/*.md, and three pictures, from the reports in results/.
 
     $ python -m tools.pages
 
@@ -11,22 +11,23 @@ the table between the comment and <!-- end -->:
 First the files in results/, then where their rows are: keys of the reports, joined by dots, or a function of
 ROWS. Then the columns, each with the format of its cells.
 
-The pictures are results/table1_nfe.png, a plot of table1.json, and results/student_rows.jpg, which is
-results/student.jpg with the numbers of its rows.
+The pictures are results/table1_nfe.png and results/budgets.png, plots of table1.json and budgets.json, and
+results/student_rows.jpg, which is results/student.jpg with the numbers of its rows.
 """
 import re
 import statistics
 import textwrap
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 
 from PIL import Image, ImageDraw
 
-from evaluate import read_report
+from evaluate import half_width, read_report
 from support.checkpoint import read_json, read_lines, replacing
 from support.engine import command_line
 from tools.plot import new_figure, save_figure
-from tools.tables import ROOT, SHIPPED, TABLE1, TABLE2
+from tools.tables import RATES, ROOT, SHIPPED, TABLE1, TABLE2
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows of quality: reports of tools/tables.py
@@ -44,7 +45,8 @@ the adversarial loss helps one step: 1 < no adversarial loss, 1
 guidance of 1.5 hurts a student: 1 < osv, 1 cfg 1.5; guidance of 3 hurts more: 1 cfg 1.5 < osv, 1 cfg 3.0
 latents do better than decoded frames: tts < pixel (VAE decoder), tts
 one step beats one of AnimateLCM: 1 < AnimateLCM, 1; one step beats one of SF-V: 1 < SF-V, 1
-""")
+one step beats one of AnimateLCM: 1 < AnimateLCM 5e-4, 1; one step beats one of SF-V: 1 < SF-V 1e-4, 1
+""")                                                            # of two learning rates, only one is there
 FIGURES = "fvd", "seconds", "sharpness", "diversity", "motion", "first_psnr"
 # The rows of the README, and what they are called there.
 HEADLINE = {("real", "other futures"): "other real futures", ("teacher", "25"): "teacher, 25 steps",
@@ -55,45 +57,58 @@ HEADLINE = {("real", "other futures"): "other real futures", ("teacher", "25"): 
 
 def over_seeds(rows):
     """The rows of a report, one per training seed -> {"run, sampler": row}. Its figures are means over the
-    seeds; "low" and "high" are the lowest and highest end of their FVD intervals, "range" is FVD with both.
-    "bad_range" is the same for the share of bad clips; "masks" has a number per seed, whose bit i says
-    whether clip i is bad. Both are empty for rows of older reports.
-    """
+    seeds; "range" and "bad_range" are toy-FVD and the share of bad clips as `span` writes them, "rows" the
+    rows themselves. Figures that the rows lack are left out. Of two learning rates (RATES) only the run with
+    the lower toy-FVD in one step is kept."""
     groups, merged = defaultdict(list), {}
     for row in rows:
         groups[f"{row['run']}, {row['sampler']}"].append(row)
     for key, group in groups.items():
-        mean = {name: sum(row[name] for row in group) / len(group) for name in FIGURES}
-        low, high = ends(group, "fvd", "interval")
-        merged[key] = {**group[0], **mean, "low": low, "high": high, "bad_range": "", "masks": [],
-                       "range": f"{mean['fvd']:.1f} ({low:.1f} to {high:.1f})"}
-        if all("bad_clips" in row for row in group):
-            bad = statistics.mean(row["bad"] for row in group)
-            least, most = ends(group, "bad", "bad_interval")
-            merged[key] |= {"bad_range": f"{bad:.1%} ({max(least, 0):.1%} to {min(most, 1):.1%})",
-                            "masks": [int(row["bad_clips"], 16) for row in group]}
+        mean = merged[key] = {**group[0], "rows": group}
+        for name in (*FIGURES, "bad", "training_seconds"):
+            if all(row.get(name) is not None for row in group):
+                mean[name] = statistics.mean(row[name] for row in group)
+        mean["range"] = span([(row["fvd"], row["interval"]) for row in group], ".1f")[0]
+        if "bad" in group[0]:
+            mean["bad_range"] = span([(row["bad"], row["bad_interval"]) for row in group], ".1%", 0, 1)[0]
+    for runs in RATES:
+        ranked = sorted((row["fvd"], run) for run in runs if (row := merged.get(f"{run}, 1")))
+        merged = {key: row for key, row in merged.items() if row["run"] not in [run for _, run in ranked[1:]]}
     return merged
 
 
-def ends(rows, figure, interval):
-    """The lowest and the highest end of a figure's intervals."""
-    return min(row[figure] - row[interval] for row in rows), max(row[figure] + row[interval] for row in rows)
+def span(found, form, least=float("-inf"), most=float("inf")):
+    """A figure and half the width of its 95 % interval, for each seed -> "mean (lowest end to highest end)",
+    lowest end, highest end. No end is beyond `least` or `most`."""
+    low, high = max(least, min(x - half for x, half in found)), min(most, max(x + half for x, half in found))
+    return f"{statistics.mean(x for x, _ in found):{form}} ({low:{form}} to {high:{form}})", low, high
 
 
-def verdict(low, high):
-    """Whether an interval of the difference "one minus other" says that the one has less."""
-    return "yes" if high < 0 else "the reverse" if low > 0 else "not told apart"
+def fvd_difference(a, b, _):
+    """By how much the toy-FVD of row a is larger than that of b, and half the width of the 95 % interval.
+    Draw i of both has the same clips, so the difference varies less than the two distances."""
+    return a["fvd"] - b["fvd"], half_width([x - y for x, y in zip(a["fvd_draws"], b["fvd_draws"])])
 
 
-def paired_difference(row, other, clips):
-    """By how much the share of bad clips is larger in one row of over_seeds than in another, with the 95 %
-    interval over the clips, which are the same, and the verdict; empty for rows of older reports."""
-    if not (row["masks"] and other["masks"]):
-        return ""
-    share = lambda masks, i: sum(mask >> i & 1 for mask in masks) / len(masks)
-    differences = [share(row["masks"], i) - share(other["masks"], i) for i in range(clips)]
-    mean, half = statistics.mean(differences), 1.96 * statistics.stdev(differences) / clips ** 0.5
-    return f"{mean:+.1%} ± {half:.1%}: {verdict(mean - half, mean + half)}"
+def bad_difference(a, b, clips):
+    """The same for the share of bad clips. The difference of a clip is -1, 0 or 1."""
+    differ = (int(a["bad_clips"], 16) ^ int(b["bad_clips"], 16)).bit_count() / clips
+    return a["bad"] - b["bad"], 1.96 * ((differ - (a["bad"] - b["bad"]) ** 2) / (clips - 1)) ** 0.5
+
+
+def compared(row, other, clips):
+    """How two rows of over_seeds differ -> cells of the columns fvd_difference and bad_difference, as `span`
+    writes them, and fvd_here and bad_here: whether the first has less. Rows of the same training seed are
+    compared; the single row of the teacher or of real clips is compared with each. A figure is left out if
+    rows lack it, as those of real videos and of reports from before 2026-11-29 do, or have no seed in common.
+    """
+    pairs = [(a, b) for a in row["rows"] for b in other["rows"]
+             if a["seed"] == b["seed"] or 1 in (len(row["rows"]), len(other["rows"]))]
+    for name, difference, form in (("fvd", fvd_difference, "+.1f"), ("bad", bad_difference, "+.1%")):
+        with suppress(KeyError, ValueError):
+            text, low, high = span([difference(*pair, clips) for pair in pairs], form)
+            yield f"{name}_difference", text
+            yield f"{name}_here", "yes" if high < 0 else "the reverse" if low > 0 else "not told apart"
 
 
 def measured(report, rows):
@@ -104,15 +119,14 @@ def measured(report, rows):
 
 
 def orderings(*reports):
-    """A row for each of ORDERINGS. A claim holds, or its reverse, if the intervals over all training seeds do
-    not overlap. For bad clips, both rows are compared clip by clip."""
+    """A row for each of ORDERINGS. A claim holds, or its reverse, if the interval of the difference does not
+    contain 0."""
     rows = over_seeds([row for report in reports for row in report["rows"]])
     for claim, name, other in ORDERINGS:
-        better, worse = rows.get(f"osv, {name}"), rows.get(other)
-        if better and worse:
-            here = verdict(better["low"] - worse["high"], better["high"] - worse["low"])
-            yield {"claim": claim, "better": better["range"], "worse": worse["range"], "here": here,
-                   "difference": paired_difference(better, worse, reports[0]["protocol"]["clips"])}
+        first, second = rows.get(f"osv, {name}"), rows.get(other)
+        if first and second:
+            yield {"claim": claim, "better": first["range"], "worse": second["range"],
+                   **dict(compared(first, second, reports[0]["protocol"]["clips"]))}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -147,13 +161,14 @@ ROWS = {
     "table1": partial(measured, rows=[("", *row) for row in TABLE1]), "side_by_side": side_by_side,
     "table2": partial(measured, rows=[(f"{part}: ", *row) for part, rows in TABLE2.items() for row in rows]),
     "toy": lambda report: [row | {"guidance": row["guidance"] or "none"} for row in report["teacher"]],
-    "orderings": orderings, "sensitivity": lambda report: report["rows"][1:]}        # 0: undamaged
+    # The first row of the sensitivity is that of undamaged clips.
+    "orderings": orderings, "sensitivity": lambda report: report["rows"][1:]}
 
 
 def read_result(file):
     if file.suffix == ".jsonl":
         return read_lines(file, device=str, date=str)
-    if file.name in ("student.json", "table1.json", "table2.json"):
+    if file.stem in ("student", "table1", "table2", "budgets"):
         return read_report(file, nfe=int, interval=float, **dict.fromkeys(FIGURES, float))
     return read_json(file, device=str, date=str)
 
@@ -171,7 +186,7 @@ def cell(form, row):
     """A cell of a row: empty if the row has no such figure."""
     try:
         return form.format_map(row).replace("1 GPUs", "1 GPU")
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return ""
 
 
@@ -196,12 +211,10 @@ def sources(reports, protocol):
     sentences = []
     for file, report in reports.items():
         last = report if isinstance(report, dict) else report[-1]                   # of a .jsonl
-        words = [f"`results/{file}`: {last['device']}"]
-        if rate := last.get("matmul_tflops_per_s"):
-            words.append(f"matrix product {rate:.0f} TFLOP/s")
-        words += [f"{name} {last[key]}" for name, key in (("PyTorch", "torch"), ("diffusers", "diffusers"))
-                  if last.get(key)]
-        sentences.append(", ".join([*words, last["date"]]))
+        forms = ("matrix product {matmul_tflops_per_s:.0f} TFLOP/s", "PyTorch {torch:s}",
+                 "diffusers {diffusers:s}")
+        words = [f"`results/{file}`: {last['device']}", *(cell(form, last) for form in forms), last["date"]]
+        sentences.append(", ".join(filter(None, words)))
         if protocol:
             said = ", ".join(f"{key} {value}" for key, value in report["protocol"].items())
             seeds = sorted({row["seed"] for row in report["rows"]})
@@ -223,9 +236,9 @@ def write_page(page, results):
 
 
 def plot(rows, out):
-    """Draws FVD over network evaluations on logarithmic axes: a line per run, its first training seed."""
+    """Draws FVD over network evaluations on logarithmic axes: a line per run, means over the seeds."""
     axes = new_figure(7, 4.2).subplots()
-    rows = [row for row in rows if row["seed"] == rows[0]["seed"] and row["nfe"]]   # real clips have no NFE
+    rows = [row for row in over_seeds(rows).values() if row["nfe"]]                 # real clips have no NFE
     for run in dict.fromkeys(row["run"] for row in rows):
         points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["nfe"])
         line, = axes.plot([row["nfe"] for row in points], [row["fvd"] for row in points], "o-", label=run)
@@ -240,6 +253,21 @@ def plot(rows, out):
     axes.set_yticks(fvd := [5, 10, 20, 50, 100, 200], fvd)
     axes.minorticks_off()
     axes.legend()
+    save_figure(axes.figure, out)
+
+
+def plot_budgets(rows, out):
+    """Draws toy-FVD and the share of bad clips over seconds of training: a line per recipe and sampler."""
+    lines = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["training_seconds"]):
+        lines[f"{row['run'].split(' x ')[0]}, {row['sampler']}"].append(row)
+    for axes, y, half in zip(new_figure(9, 4).subplots(1, 2), ("fvd", "bad"), ("interval", "bad_interval")):
+        for name, points in lines.items():
+            x, values, error = zip(*((row["training_seconds"], row[y], row[half]) for row in points))
+            axes.errorbar(x, values, error, fmt="o-", capsize=3, label=name)
+        axes.set(xscale="log", xlabel="seconds of training", ylabel={"fvd": "toy-FVD", "bad": "bad clips"}[y])
+        axes.set_xticks(ticks := [50, 100, 200, 500], ticks)
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(axes.figure, out)
 
 
@@ -258,6 +286,8 @@ def main(root=ROOT):
     for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
         write_page(page, root / "results")
     plot(read_result(root / "results/table1.json")["rows"], root / "results/table1_nfe.png")
+    if (budgets := root / "results/budgets.json").exists():
+        plot_budgets(read_result(budgets)["rows"], root / "results/budgets.png")
     number_rows(root / "results/student.jpg", root / "results/student_rows.jpg", rows=5)
 
 

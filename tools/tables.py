@@ -3,10 +3,12 @@
     $ python -m tools.tables student --report results/student.json      # the shipped student and its teacher
     $ python -m tools.tables table1 --report results/table1.json
     $ python -m tools.tables table2 --rows a b --report results/table2.json
+    $ python -m tools.tables budgets --report results/budgets.json      # two recipes, up to 14 times as long
     $ python -m tools.pages                                             # writes them into docs/tables.md
 
     RUNS                        the training flags of each student
-    SHIPPED, TABLE1, TABLE2     the rows of each table
+    RATES                       runs that differ only in the learning rate
+    SHIPPED, TABLE1, ..         the rows of each table
     fingerprints                of the sources and the teacher that students depend on
     trained                     trains a student, or finds it in --work
     measure_table               trains and measures all rows
@@ -16,7 +18,6 @@ Students train before the rows are measured: a training beside it would slow dow
 """
 import hashlib
 import math
-import statistics
 import subprocess
 import sys
 import threading
@@ -34,11 +35,15 @@ from toy.world import toy_clips
 # Training runs
 
 # name: (flags of train_stage1.py, flags of train_stage2.py), None for a stage that is left out. --stage1 and
-# --stage2 come first; they begin with BUDGET. Cheaper variants run more steps, so that every run trains for
-# the same time. Seconds per step of 32 clips on one H100: stage 1 0.080, stage 2 0.131, with m = 1 0.111,
-# AnimateLCM 0.043, SF-V 0.048.
-BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 50 --checkpointing_steps 100" \
+# --stage2 come first; they begin with STEPS and BUDGET. A single stage and a cheaper recipe get the steps
+# that fill the time of "osv": 200 x 0.080 + 250 x 0.131 = 49 s, divided by the seconds of their own step;
+# m = 1 fills the 33 s of stage 2. Seconds per step of 32 clips on one H100: stage 1 0.080, stage 2 0.131,
+# with m = 1 0.111, AnimateLCM 0.043, SF-V 0.048. All other runs have the steps of "osv".
+STEPS, LCM_STEPS = (200, 250), 1130
+BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 25 --checkpointing_steps 100" \
     " --validation_steps 10000 --validation_teacher_steps 1"
+LCM = f"--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps {LCM_STEPS}"
+SFV = "--discriminator unet --train all --max_train_steps 1010"
 RUNS = {
     "osv": ("", ""), "m = 1": ("", "--num_solver_steps 1 --max_train_steps 295"),
     "stage 1 alone": ("--max_train_steps 610", None), "stage 2 alone": (None, "--max_train_steps 370"),
@@ -49,8 +54,18 @@ RUNS = {
     "unet": ("--discriminator unet", "--discriminator unet"),
     "stage 1 at half size": ("--width 64 --height 64", ""),
     "stage 2 at half size": ("", "--width 64 --height 64"),
-    "AnimateLCM": (None, "--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps 1130"),
-    "SF-V": ("--discriminator unet --train all --max_train_steps 1010", None)}
+    "AnimateLCM": (None, LCM), "AnimateLCM 5e-4": (None, LCM + " --learning_rate 5e-4"),
+    "SF-V": (SFV, None), "SF-V 1e-4": (SFV + " --learning_rate 1e-4", None)}
+# Baselines with the preset's learning rate (2e-4 in stage 2, 3e-4 in stage 1) and with another. The pages
+# show the better one. BETTER is that of AnimateLCM in results/table1.json; the larger budgets use it.
+RATES = ("AnimateLCM", "AnimateLCM 5e-4"), ("SF-V", "SF-V 1e-4")
+BETTER = "AnimateLCM"
+# Multiples of the budget, up to that of the shipped student, with as many clips as its stage 2: of 6,000
+# clips, AnimateLCM's recipe would see each one 84 times.
+for times in (2.5, 6, 14):
+    more = " --num_clips 20000 --max_train_steps {:.0f}".format
+    RUNS[f"osv x {times}"] = tuple(more(times * steps) for steps in STEPS)
+    RUNS[f"{BETTER} x {times}"] = None, RUNS[BETTER][1] + more(times * LCM_STEPS)
 LOCKS = defaultdict(threading.Lock)         # one per folder: two runs may need the same stage 1
 
 
@@ -66,7 +81,9 @@ def fingerprints(path):
 
 def trained(run, seed, args, protocol):
     """The folder of a run's UNet, and the seconds that its stages trained. Trains the stages that --work
-    lacks. The seconds are None if several trainings shared the GPU. Raises ModelError."""
+    lacks. The seconds are steps times the seconds per step in the fastest logged interval after the first:
+    other trainings on the GPU, checkpoints and the start of a resumed run only make an interval slower. So
+    the run alone on the GPU would take at most as long. Raises ModelError."""
     stage1, seconds = "none", 0.0
     for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
         if flags is None:
@@ -85,10 +102,10 @@ def trained(run, seed, args, protocol):
                     raise checkpoint.ModelError(f"{run}: the training failed, see its message above")
         lines = checkpoint.read_lines(folder / "metrics.jsonl", s_per_step=float)
         steps = [int(path.name[-7:]) for path in folder.glob(checkpoint.CHECKPOINTS)]
-        seconds += max(steps, default=math.nan) * statistics.median(
-            [line["s_per_step"] for line in lines] or [math.nan])
+        pace = min((line["s_per_step"] for line in lines[1:]), default=math.nan)
+        seconds += max(steps, default=math.nan) * pace
         stage1 = str(folder)
-    return folder / "merged", seconds if args.jobs == 1 else None
+    return folder / "merged", seconds
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,8 +124,9 @@ ONE, TTS, TWO = ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.9
 SHIPPED = [FLOOR, *TEACHER, ("teacher", "8 karras", None), ("teacher", "4 karras", None),
            *(("shipped", *row[1:]) for row in (ONE, TTS, TWO)),
            ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
-TABLE1 = [FLOOR, *TEACHER, ("AnimateLCM", "8", 184.79), ("AnimateLCM", "4", 405.80),
-          ("AnimateLCM", "2", 575.33), ("AnimateLCM", "1", 997.94), ("SF-V", "1", 425.68), ONE, TTS, TWO]
+TABLE1 = [FLOOR, *TEACHER,
+          *((run, *row) for run in RATES[0] for row in zip("8421", (184.79, 405.8, 575.33, 997.94))),
+          *((run, "1", 425.68) for run in RATES[1]), ONE, TTS, TWO]
 TABLE2 = dict(
     a=[("m = 1", "tts", 332.25), TTS], b=[("stage 2 alone", "tts", 221.75), TTS],
     c=[("stage 1 alone", "2", 298.35), ("stage 1 alone", "tts", 234.13), TTS],
@@ -120,20 +138,22 @@ TABLE2 = dict(
     ours=[(run, name, None) for name in ("1", "tts")
           for run in ("theta^- for real", "guided teacher", "all weights train", "osv")],
     tts=[("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")])
+BUDGETS = [(run, name, None) for recipe, *names in (("osv", "1", "tts"), ("AnimateLCM", "1", "2"))
+           for run in RUNS if run.startswith(recipe) for name in names]
 PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped tts"
 
 
 def measure_table(table, args, protocol):
-    """Measures each row of a table, those of RUNS once for each of --seeds. Raises ModelError."""
-    protocol = protocol | fingerprints(args.model)
-    report = Report(args, **protocol)
+    """Measures each row of a table, those of RUNS once for each of --seeds; `budgets` has the first seed
+    only. Raises ModelError."""
+    report = Report(args, **protocol, **fingerprints(args.model))
     # A row that stands in a table several times is measured once.
     rows = dict.fromkeys((run, name, seed) for run, name, _ in table
-                         for seed in (args.seeds if run in RUNS else args.seeds[:1]))
+                         for seed in args.seeds[:None if run in RUNS and args.what != "budgets" else 1])
     rows = [row for row in rows if row not in report.rows]
     runs = list(dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS))
     with ThreadPoolExecutor(args.jobs) as pool:
-        students = dict(zip(runs, pool.map(lambda run: trained(*run, args, protocol), runs)))
+        students = dict(zip(runs, pool.map(lambda run: trained(*run, args, report.protocol), runs)))
     world_seed, (f, _, size) = args.seed + UNSEEN, report.shape
 
     def other_futures(numbers, seed):
@@ -144,24 +164,23 @@ def measure_table(table, args, protocol):
         student, seconds = students.get((run, seed), (STUDENT if run == "shipped" else None, None))
         sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
         pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
-        more = {"training_seconds": seconds} if run in RUNS else {}
-        report.add(run, name, seed, *sampler, pictured=pictured, **more)
+        report.add(run, name, seed, *sampler, pictured=pictured, training_seconds=seconds)
 
 
 def main():
     parser = engine.command_line("Train and measure the rows of the paper's tables.")
     flag = parser.add_argument
-    flag("what", choices=["student", "table1", "table2"], help="student: the shipped one, in assets/toy")
+    flag("what", choices=["student", "table1", "table2", "budgets"], help="student: the one in assets/toy")
     report_flags(parser)
     flag("--rows", nargs="+", choices=TABLE2, default=list(TABLE2), help="rows of table2 to measure")
     flag("--seeds", nargs="+", default=[0, 1], help="training seeds")
     flag("--work", type=Path, default="out/tables", help="where students are trained, and kept")
-    flag("--stage1", default="--max_train_steps 200" + BUDGET, help="flags of each train_stage1.py")
-    flag("--stage2", default="--max_train_steps 250" + BUDGET, help="flags of each train_stage2.py")
+    flag("--stage1", default=f"--max_train_steps {STEPS[0]}" + BUDGET, help="flags of each train_stage1.py")
+    flag("--stage2", default=f"--max_train_steps {STEPS[1]}" + BUDGET, help="flags of each train_stage2.py")
     flag("--jobs", default=1, help="trainings at a time, which share the GPU")
     args = parser.parse_args()
-    table2 = [FLOOR, *(row for name in args.rows for row in TABLE2[name])]
-    tables = {"student": SHIPPED, "table1": TABLE1, "table2": table2}
+    tables = {"student": SHIPPED, "table1": TABLE1, "budgets": BUDGETS,
+              "table2": [FLOOR, *(row for name in args.rows for row in TABLE2[name])]}
     # FLOOR needs other futures of the same first frames, which real videos do not have.
     table = [row for row in tables[args.what] if row != FLOOR or args.data == "toy"]
     protocol = {} if args.what == "student" else {"stage1": args.stage1, "stage2": args.stage2}
