@@ -610,6 +610,21 @@ def test_of_two_learning_rates_the_better_one_is_shown(tmp_path):
     assert [row["run"] for row in pages.ROWS["table1"](report)] == [slow, slow, "SF-V", "osv"]
 
 
+def test_changes_are_compared_with_none():
+    row = lambda run, name, seed, fvd, bits: {
+        **FIGURES, "run": run, "sampler": name, "seed": seed, "fvd": fvd, "bad": bits / 64,
+        "bad_interval": 0.1, "bad_clips": f"{2 ** bits - 1:x}"}
+    rows = [row("base", name, seed, 20.0 + seed, 32) for name in ("1", "tts") for seed in (0, 1)]
+    rows += [row("new", name, seed, 10.0 + seed, 40) for name in ("1", "tts") for seed in (0, 1)]
+    rows[-1] |= row("new", "tts", 1, 13.0, 32)
+    report = {"protocol": {"clips": 64}, "changes": {"base": "as it is", "new": "more"}, "rows": rows}
+    base, new = pages.one_step(report)
+    assert base["change"] == "as it is" and base["one"]["fvd"] == 20.5 and base["tts"]["bad"] == 0.5
+    assert "bad_difference" not in base["one"]
+    assert new["one"]["fvd"] == 10.5 and new["one"]["bad_difference"] == "+12.5% (+4.3% to +20.7%)"
+    assert new["tts"]["fvd"] == 11.5 and new["tts"]["bad_difference"] == "+6.2% (+0.0% to +20.7%)"
+
+
 def test_budgets_are_plotted(tmp_path):
     row = {**FIGURES, "fvd": 9.0, "bad": 0.5, "bad_interval": 0.1}
     rows = [{**row, "run": f"osv{times}", "sampler": name, "training_seconds": seconds}

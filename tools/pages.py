@@ -129,6 +129,16 @@ def orderings(*reports):
                    **dict(compared(first, second, reports[0]["protocol"]["clips"]))}
 
 
+def one_step(report):
+    """A row for each change of a training: "one" in one step, "tts" with Time Travel. Each is compared with
+    the first, which is without a change."""
+    rows, (base, *_), clips = over_seeds(report["rows"]), report["changes"], report["protocol"]["clips"]
+    for run, change in report["changes"].items():
+        pairs = [(rows[f"{run}, {name}"], rows[f"{base}, {name}"]) for name in ("1", "tts")]
+        one, tts = (row | dict(compared(row, other, clips) if run != base else ()) for row, other in pairs)
+        yield {"change": change, "one": one, "tts": tts}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Rows of speed: reports of tools/bench.py, and logs
 
@@ -162,13 +172,13 @@ ROWS = {
     "table2": partial(measured, rows=[(f"{part}: ", *row) for part, rows in TABLE2.items() for row in rows]),
     "toy": lambda report: [row | {"guidance": row["guidance"] or "none"} for row in report["teacher"]],
     # The first row of the sensitivity is that of undamaged clips.
-    "orderings": orderings, "sensitivity": lambda report: report["rows"][1:]}
+    "orderings": orderings, "one_step": one_step, "sensitivity": lambda report: report["rows"][1:]}
 
 
 def read_result(file):
     if file.suffix == ".jsonl":
         return read_lines(file, device=str, date=str)
-    if file.stem in ("student", "table1", "table2", "budgets"):
+    if file.stem in ("student", "table1", "table2", "budgets", "one_step_probe"):
         return read_report(file, nfe=int, interval=float, **dict.fromkeys(FIGURES, float))
     return read_json(file, device=str, date=str)
 
@@ -202,7 +212,7 @@ def table(comment, results):
     is_number = re.compile(r"([+-]?\d|inf|out of memory|$)").match
     align = ["--:" if i and all(map(is_number, column)) else "---" for i, column in enumerate(zip(*lines))]
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in [heads, align, *lines])
-    return f"{markdown}\n\n{sources(reports, where in ('student', 'table1', 'table2'))}\n"
+    return f"{markdown}\n\n{sources(reports, where in ('student', 'table1', 'table2', 'one_step'))}\n"
 
 
 def sources(reports, protocol):
