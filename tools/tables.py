@@ -13,8 +13,8 @@
     trained                     trains a student, or finds it in --work
     measure_table               trains and measures all rows
 
-Students train before the rows are measured: a training beside it would slow down the sampler that is timed.
---jobs trains several students at the same time.
+A row is measured as soon as its student is trained, while the next ones train. So its seconds per clip mean
+little; those of `student` are not disturbed. --jobs trains several students at the same time.
 """
 import hashlib
 import math
@@ -34,19 +34,22 @@ from toy.world import toy_clips
 # ---------------------------------------------------------------------------------------------------------
 # Training runs
 
-# name: (flags of train_stage1.py, flags of train_stage2.py), None for a stage that is left out. --stage1 and
-# --stage2 come first; they begin with STEPS and BUDGET. A single stage and a cheaper recipe get the steps
-# that fill the time of "osv": 200 x 0.080 + 250 x 0.131 = 49 s, divided by the seconds of their own step;
-# m = 1 fills the 33 s of stage 2. Seconds per step of 32 clips on one H100: stage 1 0.080, stage 2 0.131,
-# with m = 1 0.111, AnimateLCM 0.043, SF-V 0.048. All other runs have the steps of "osv".
-STEPS, LCM_STEPS = (200, 250), 1130
+# Seconds per step of 32 clips on one H100, with no other training beside it. A single stage and a cheaper
+# recipe get the steps that fill the time of "osv"; m = 1 fills the time of stage 2.
+PACE = {"stage 1": 0.080, "stage 2": 0.131, "m = 1": 0.111, "AnimateLCM": 0.043, "SF-V": 0.048}
+STEPS = 200, 250
+TIME = STEPS[0] * PACE["stage 1"] + STEPS[1] * PACE["stage 2"]
+FILL = {name: f"--max_train_steps {TIME / pace:.0f}" for name, pace in PACE.items()}
+FILL["m = 1"] = f"--max_train_steps {STEPS[1] * PACE['stage 2'] / PACE['m = 1']:.0f}"
 BUDGET = " --batch_size 32 --num_clips 6000 --warmup_steps 25 --log_steps 25 --checkpointing_steps 100" \
     " --validation_steps 10000 --validation_teacher_steps 1"
-LCM = f"--adv_weight 0 --num_solver_steps 1 --train all --max_train_steps {LCM_STEPS}"
-SFV = "--discriminator unet --train all --max_train_steps 1010"
+LCM = "--adv_weight 0 --num_solver_steps 1 --train all " + FILL["AnimateLCM"]
+SFV = "--discriminator unet --train all " + FILL["SF-V"]
+# name: (flags of train_stage1.py, flags of train_stage2.py), None for a stage that is left out. --stage1 and
+# --stage2 come first; they begin with STEPS and BUDGET. Runs without steps of their own have those of "osv".
 RUNS = {
-    "osv": ("", ""), "m = 1": ("", "--num_solver_steps 1 --max_train_steps 295"),
-    "stage 1 alone": ("--max_train_steps 610", None), "stage 2 alone": (None, "--max_train_steps 370"),
+    "osv": ("", ""), "m = 1": ("", "--num_solver_steps 1 " + FILL["m = 1"]),
+    "stage 1 alone": (FILL["stage 1"], None), "stage 2 alone": (None, FILL["stage 2"]),
     "no adversarial loss": ("--adv_weight 0", "--adv_weight 0"), "theta^- for real": ("", "--real ema"),
     "guided teacher": ("", "--guidance 1 1.5 2 2.5"), "all weights train": ("--train all", "--train all"),
     "sub-pixel": ("--discriminator subpixel", "--discriminator subpixel"),
@@ -60,12 +63,13 @@ RUNS = {
 # show the better one. BETTER is that of AnimateLCM in results/table1.json; the larger budgets use it.
 RATES = ("AnimateLCM", "AnimateLCM 5e-4"), ("SF-V", "SF-V 1e-4")
 BETTER = "AnimateLCM"
-# Multiples of the budget, up to that of the shipped student, with as many clips as its stage 2: of 6,000
-# clips, AnimateLCM's recipe would see each one 84 times.
-for times in (2.5, 6, 14):
-    more = " --num_clips 20000 --max_train_steps {:.0f}".format
-    RUNS[f"osv x {times}"] = tuple(more(times * steps) for steps in STEPS)
-    RUNS[f"{BETTER} x {times}"] = None, RUNS[BETTER][1] + more(times * LCM_STEPS)
+# Multiples of the budget, with as many clips as stage 2 of the shipped student: of 6,000 clips, AnimateLCM's
+# recipe would see each one 84 times. The shipped student stands in for "osv x 14".
+MORE = " --num_clips 20000 --max_train_steps {:.0f}".format
+RUNS |= {f"osv x {times}": tuple(MORE(times * steps) for steps in STEPS) for times in (2.5, 6)}
+RUNS |= {f"{BETTER} x {times}": (None, RUNS[BETTER][1] + MORE(times * TIME / PACE["AnimateLCM"]))
+         for times in (2.5, 6, 14)}
+SHIPPED_SECONDS = 699                                       # on one H200, see docs/training.md
 LOCKS = defaultdict(threading.Lock)         # one per folder: two runs may need the same stage 1
 
 
@@ -140,6 +144,7 @@ TABLE2 = dict(
     tts=[("osv", name, None) for name in ("1", "2", "tts", "tts printed", "tts v1")])
 BUDGETS = [(run, name, None) for recipe, *names in (("osv", "1", "tts"), ("AnimateLCM", "1", "2"))
            for run in RUNS if run.startswith(recipe) for name in names]
+BUDGETS += [("shipped", "1", None), ("shipped", "tts", None)]
 PICTURED = "teacher 25", "teacher 1", "osv 1", "osv tts", "shipped 1", "shipped tts"
 
 
@@ -151,20 +156,25 @@ def measure_table(table, args, protocol):
     rows = dict.fromkeys((run, name, seed) for run, name, _ in table
                          for seed in args.seeds[:None if run in RUNS and args.what != "budgets" else 1])
     rows = [row for row in rows if row not in report.rows]
-    runs = list(dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        students = dict(zip(runs, pool.map(lambda run: trained(*run, args, report.protocol), runs)))
     world_seed, (f, _, size) = args.seed + UNSEEN, report.shape
 
     def other_futures(numbers, seed):
         clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
         return to_bytes(clips.frames), 0
 
-    for run, name, seed in rows:
-        student, seconds = students.get((run, seed), (STUDENT if run == "shipped" else None, None))
-        sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
-        pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
-        report.add(run, name, seed, *sampler, pictured=pictured, training_seconds=seconds)
+    pool = ThreadPoolExecutor(args.jobs)
+    students = {student: pool.submit(trained, *student, args, report.protocol)
+                for student in dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS)}
+    try:
+        for run, name, seed in rows:
+            student, seconds = (STUDENT, SHIPPED_SECONDS) if run == "shipped" else (None, None)
+            if run in RUNS:
+                student, seconds = students[run, seed].result()
+            sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
+            pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
+            report.add(run, name, seed, *sampler, pictured=pictured, training_seconds=seconds)
+    finally:
+        pool.shutdown(cancel_futures=True)              # after an error no further training begins
 
 
 def main():
