@@ -239,15 +239,11 @@ def noise_axis():
 # A block of the UNet
 
 
-def class_of(layer):
-    return type(layer).__name__
-
-
 def transformer_block(sheet, x, y, block, name, kind, rows):
     """Draws a transformer block. rows: what is added to x, and on what it works; LoRA is marked."""
     top = y + 0.55 + 0.425 * len(rows)
     outline = sheet.box(x, y, 4.2, 2 * (top - y), kind=kind)
-    sheet.write(x, top - 0.5, f"*{class_of(block)}\n`{name}`")
+    sheet.write(x, top - 0.5, f"*{type(block).__name__}\n`{name}`")
     for i, (branch, meaning) in enumerate(rows):
         middle = top - 1.4 - 0.85 * i
         sheet.box(x, middle, 4, 0.75)
@@ -273,17 +269,17 @@ def unet_block():
     with torch.device("meta"):                                  # parameters without memory
         block = lora.add_lora(model.UNetBlock([640], 320, 1280, [(5, 1, 1024)]), 1)
     resnet, transformer = block.resnets[0], block.attentions[0]
-    mixer_name = f"*{class_of(resnet.time_mixer)}\n`time_mixer`"
+    mixer_name = f"*{type(resnet.time_mixer).__name__}\n`time_mixer`"
     sheet = Sheet(15.6)
     box, write = sheet.box, sheet.write
 
     # ---- Residual blocks
-    sheet.panel(10.6, 15.5, f"{class_of(resnet)}: resnets[i] of each {class_of(block)}")
+    sheet.panel(10.6, 15.5, f"{type(resnet).__name__}: resnets[i] of each {type(block).__name__}")
     x, parts = box(1.2, 12.6, 1.8, 1, "`x`\n(b f) c h w", "data"), []
     for middle, name in (4.9, "spatial_res_block"), (10.7, "temporal_res_block"):
         layer = getattr(resnet, name)
         conv = "x".join(map(str, layer.conv1.kernel_size))
-        text = f"*{class_of(layer)}\n`{name}`\n`norm1`, SiLU, `conv1` {conv}\n+ `time_emb_proj`\n"
+        text = f"*{type(layer).__name__}\n`{name}`\n`norm1`, SiLU, `conv1` {conv}\n+ `time_emb_proj`\n"
         text += f"`norm2`, SiLU, `conv2` {conv}\n+ `conv_shortcut`"
         parts.append(box(middle, 12.6, 4.1, 2.3, text, "frozen"))
     emb = box(7.8, 14.3, 4.6, 0.6, "`emb` (b d): noise level and time ids", "data")
@@ -295,7 +291,7 @@ def unet_block():
 
     # ---- Transformer blocks
     y = 5.7
-    sheet.panel(2.1, 10.4, f"{class_of(transformer)}: attentions[i], after resnets[i]")
+    sheet.panel(2.1, 10.4, f"{type(transformer).__name__}: attentions[i], after resnets[i]")
     spatial, temporal = transformer.transformer_blocks[0], transformer.temporal_transformer_blocks[0]
     among = [attention.split_heads.split(" -> ")[1] for attention in (spatial.attn1, temporal.attn1)]
     rows = [("attn2(context)", "the image embedding"), ("ff(norm3(x))", "each place alone")]
