@@ -41,7 +41,7 @@ class Sheet:
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, height))
         self.axes.axis("off")
 
-    def write(self, x, y, text, kind="plain", align="center", size=15.5):
+    def write(self, x, y, text, kind="plain", align="left", size=15.5):
         """Writes lines around the height y. A line in backticks is code, a line that begins with * is bold.
         In all other lines, a name in backticks is code."""
         lines = text.split("\n")                                # size / 50: distance of lines
@@ -59,7 +59,7 @@ class Sheet:
         self.axes.add_patch(FancyBboxPatch(
             (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.1", lw=2,
             ec=COLOURS[kind], fc="white" if kind == "plain" else COLOURS[kind] + "22"))
-        self.write(x, y, text)
+        self.write(x, y, text, align="center")
         return SimpleNamespace(left=(x - width / 2, y), right=(x + width / 2, y),
                                top=(x, y + height / 2), bottom=(x, y - height / 2))
 
@@ -78,14 +78,14 @@ class Sheet:
     def panel(self, bottom, top, title):
         """Draws the frame of a part of the figure, with a bold title."""
         self.axes.axhspan(bottom, top, 0.1 / WIDTH, 1 - 0.1 / WIDTH, fc="#f7f8fa", ec="#c9ced6", zorder=-1)
-        self.write(0.3, top - 0.38, "*" + title, align="left", size=18)
+        self.write(0.3, top - 0.38, "*" + title, size=18)
 
     def legend(self, y, **meanings):
         """Explains colours in a row, {kind: words}."""
         x = 0.3
         for kind, words in meanings.items():
             self.box(x + 0.15, y, 0.3, 0.3, kind=kind)
-            self.write(x + 0.45, y, words, align="left")
+            self.write(x + 0.45, y, words)
             x += 0.85 + 0.118 * len(words)
 
 
@@ -109,7 +109,7 @@ def stage(sheet, number, y, equations, real, weight=""):
     x0_pred = box(9.25, high, 1.3, 0.9, "`x0_pred`\nfake", "student")
     x_target = box(9.25, y, 1.3, 0.9, "`x_target`\nreal", real)
     sheet.chain(x0, x_t, kind="data")
-    sheet.write(2.7, high + 0.27, "`+ sigma_t * noise`", "data")
+    sheet.write(2.7, high + 0.27, "`+ sigma_t * noise`", "data", align="center")
     sheet.chain(x_t, student)
     # G step: x0_pred goes through the frozen discriminator, and its distance to x_target is measured.
     disc = box(11.95, high, 1.6, 0.9, "`disc`\nψ is frozen", "disc")
@@ -141,8 +141,7 @@ def method():
 
     x0, _, _, x_target = stage(sheet, 1, 11.6, (6, 7), "data")
     arrow(x0.bottom, (0.9, 11.6), x_target.left, kind="data")
-    write(1.4, 12.7, "Real is the data itself.\nθ trains: LoRA. The other weights of SVD's UNet are frozen.",
-          align="left")
+    write(1.4, 12.7, "Real is the data itself.\nθ trains: LoRA. The other weights of SVD's UNet are frozen.")
 
     _, x_t, student, x_target = stage(sheet, 2, 6.2, (9, 10), "ema", "consistency_weight")
     teacher = box(2.45, 6.2, 4.2, 1.6, "*teacher φ, Eq. 8\n`solve(net, x_t, grid,`\n`cond, guidance)`\n"
@@ -154,8 +153,7 @@ def method():
     sheet.chain(x_s, ema, x_target, kind="ema")
     arrow((7.1, student.bottom[1]), ema.top, kind="ema")
     write(7, 7.7, "`update_ema`", "ema", align="right")
-    write(0.3, 7.75, "θ and ψ start from stage 1.\nθ trains: LoRA and all of\n`temporal_transformer_blocks`.",
-          align="left")
+    write(0.3, 7.75, "θ and ψ start from stage 1.\nθ trains: LoRA and all of\n`temporal_transformer_blocks`.")
 
     sheet.panel(1.4, 5, "Discriminator: disc(latents) -> logits, positive means real (discriminator.py)")
     latents = box(1.2, 2.95, 1.6, 1.2, "`latents`\nb f c h w", "data")
@@ -168,15 +166,14 @@ def method():
         head = box(13.9, y, 3, 1, f"*{kind.__name__}\none {view}", "disc")
         arrow(backbone.right, (11.85, 2.95), (11.85, y), head.left, gradient=True)
         arrow(head.right, (15.85, y), (15.85, 2.95), logits.left, gradient=True)
-    write(0.4, 1.85, "Two heads per depth. A spatial head sees no motion, a temporal head sees no shape.",
-          align="left")
+    write(0.4, 1.85, "Two heads per depth. A spatial head sees no motion, a temporal head sees no shape.")
 
     sheet.legend(1, data="data and noise", student="student θ", ema="EMA of the student θ⁻",
                  teacher="teacher φ, frozen", disc="discriminator ψ", frozen="other frozen weights")
     for x, words, gradient in (0.3, "gradients flow back", True), (4.6, "no gradient", False):
         arrow((x, 0.45), (x + 0.9, 0.45), gradient=gradient)
-        write(x + 1.1, 0.45, words, align="left")
-    write(8, 0.45, "D is `disc`. `cond`: first frame, frame rate and motion", align="left")
+        write(x + 1.1, 0.45, words)
+    write(8, 0.45, "D is `disc`. `cond`: first frame, frame rate and motion")
     return sheet.figure
 
 
@@ -198,7 +195,7 @@ def jumps(sheet, y, sigmas, noise="fresh noise", names=None):
         sheet.arrow(here, end, kind="student", gradient=True)
         if after:
             sheet.arrow(end, (place(after), end[1] - 0.55), kind="data")
-            sheet.write(9.05, end[1] - 0.22, "" if i else noise, "data", align="left")
+            sheet.write(9.05, end[1] - 0.22, "" if i else noise, "data")
 
 
 def noise_axis():
@@ -209,7 +206,7 @@ def noise_axis():
         sheet.axes.plot([place(sigma)] * 2, (9.75, 10.05), color=COLOURS["plain"], lw=1.5)
     for sigma in (SIGMA_MAX, 100, 10, 1, 0.1, 0.01, SIGMA_MIN, 0):
         sheet.axes.plot([place(sigma)] * 2, (9.62, 9.75), color=COLOURS["plain"], lw=3)
-        sheet.write(place(sigma), 9.4, f"{sigma:g}")
+        sheet.write(place(sigma), 9.4, f"{sigma:g}", align="center")
     for y, text in {
             9.75: f"*Training grid\n`karras_sigmas({NUM_SIGMAS})`",
             8.5: "*Teacher, 25 Euler steps\n`sample_teacher`\n`karras_sigmas(25)`",
@@ -218,7 +215,7 @@ def noise_axis():
             4.1: "*Student, 4 steps\n`sample`\n`strided(grid, 4)`",
             1.85: "*Time Travel Sampler\n`time_travel`\nmixed: mean of fresh noise\nand noise just removed",
     }.items():
-        sheet.write(0.3, y, text, align="left")
+        sheet.write(0.3, y, text)
     # An arc for each step of the teacher.
     x = [place(sigma) for sigma in karras_sigmas(25).tolist()]
     turn = torch.linspace(0, math.pi, 30)
@@ -229,7 +226,8 @@ def noise_axis():
     for y, k in (7.25, 1), (6.3, 2), (4.95, 4):
         jumps(sheet, y, strided(grid, k).tolist())
     jumps(sheet, 2.1, strided(grid, 2).tolist(), "mixed noise", ("`sigma_t`", "`sigma_s`"))
-    sheet.write(12.9, 1.28, "The look-ahead level is `sigma_s`. The readout is the end of the second jump.")
+    sheet.write(12.9, 1.28, "The look-ahead level is `sigma_s`. The readout is the end of the second jump.",
+                align="center")
     sheet.legend(0.5, teacher="teacher: one Euler step", student="student: `consistency` jumps to 0",
                  data="noise is added")
     return sheet.figure
@@ -243,11 +241,11 @@ def transformer_block(sheet, x, y, block, name, kind, rows):
     """Draws a transformer block. rows: what is added to x, and on what it works; LoRA is marked."""
     top = y + 0.55 + 0.425 * len(rows)
     outline = sheet.box(x, y, 4.2, 2 * (top - y), kind=kind)
-    sheet.write(x, top - 0.5, f"*{type(block).__name__}\n`{name}`")
+    sheet.write(x, top - 0.5, f"*{type(block).__name__}\n`{name}`", align="center")
     for i, (branch, meaning) in enumerate(rows):
         middle = top - 1.4 - 0.85 * i
         sheet.box(x, middle, 4, 0.75)
-        sheet.write(x - 1.88, middle, f"`x + {branch}`\n{meaning}", align="left")
+        sheet.write(x - 1.88, middle, f"`x + {branch}`\n{meaning}")
         if lora.lora_layers(getattr(block, branch.partition("(")[0])):
             sheet.box(x + 1.53, middle + 0.14, 0.75, 0.36, "LoRA", "student")
     return outline
@@ -260,7 +258,7 @@ def two_ways(sheet, above, before, spatial, temporal, mixer, after):
         sheet.arrow(side, (part.top[0], side[1]), part.top, kind="data")
     (x, y), low = spatial.right, temporal.bottom[1] - 0.6
     sheet.arrow((x + 0.25, y), (x + 0.25, low), (mixer.bottom[0], low), mixer.bottom, gradient=True)
-    sheet.write(11, low + 0.28, "spatial result")
+    sheet.write(11, low + 0.28, "spatial result", align="center")
     sheet.chain(*before, spatial, *after, temporal, mixer, gradient=True)
 
 
@@ -286,7 +284,7 @@ def unet_block():
     weights = "spatial: sigmoid\nof `mix_factor`,\ntemporal: the rest"
     mixer = box(14.75, 12.6, 2.7, 1.9, f"{mixer_name}\n{weights}", "frozen")
     two_ways(sheet, emb, [x], *parts, mixer, [])
-    write(7.95, 12.85, "b c f h w")
+    write(7.95, 12.85, "b c f h w", align="center")
     sheet.chain(mixer, box(17.1, 12.6, 1.1, 1, "(b f)\nc h w", "data"), gradient=True)
 
     # ---- Transformer blocks
@@ -313,7 +311,7 @@ def unet_block():
 
     write(0.3, 1.4, "LoRA trains in both stages, all of `temporal_transformer_blocks` in stage 2 only.\n"
           "With `lora_convs`, the convolutions and projections have LoRA as well.\n"
-          "b clips, f frames, c d channels, h w size, s = h w places, a attention heads", align="left")
+          "b clips, f frames, c d channels, h w size, s = h w places, a attention heads")
     sheet.legend(0.5, data="data", student="student θ: trains", frozen="frozen weights of SVD")
     return sheet.figure
 
