@@ -448,10 +448,8 @@ def encode(args, out):
     source = VideoLatents(clips, *nets, args.motion_bucket_id)
     if args.dry_run:
         return dryrun.encode(source, out, max(0, count - size * len([*out.glob("*.sha256")])), world)
-    out.mkdir(parents=True, exist_ok=True)              # only now: bad input leaves no folder behind
     if world.rank == 0:
-        checkpoint.lock(out)
-        checkpoint.clear_parts(out)
+        checkpoint.lock(out)                            # only now: bad input leaves no folder behind
         write_json(out / "settings.json", settings)
     engine.any_rank(False, world.device)                # nobody writes before the folder is cleared
     parts = torch.arange(count).split(size)

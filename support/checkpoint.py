@@ -456,12 +456,11 @@ def load_stage1(folder, groups):
 
 def rewind(folder, step):
     """Removes what an earlier run wrote after `step`: later checkpoints, which "latest" would find, partial
-    files, and the lines of metrics.jsonl for steps that are computed again."""
+    files in merged/, and the lines of metrics.jsonl for steps that are computed again."""
     for path in folder.glob(CHECKPOINTS):
         if path.name > f"checkpoint-{step:07d}":
             shutil.rmtree(path)
-    for path in (folder, folder / "merged"):
-        clear_parts(path)
+    clear_parts(folder / "merged")
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         with replacing(metrics) as part:
@@ -473,8 +472,10 @@ LOCKS = []                                          # open files: the system unl
 
 
 def lock(folder):
-    """Locks `folder` for this process until it ends; the system also removes the lock of a killed process.
-    Raises ModelError if another process has the lock, and names that process."""
+    """Locks `folder` for this process until it ends, and clears it of the partial files of earlier processes.
+    The system also removes the lock of a killed process. A missing folder is made. Raises ModelError if
+    another process has the lock, and names that process."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
     with suppress(ImportError):                                         # Windows has no fcntl module
         import fcntl
@@ -486,3 +487,4 @@ def lock(folder):
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     LOCKS.append(file)
+    clear_parts(folder)

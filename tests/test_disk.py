@@ -182,7 +182,9 @@ def test_one_process_per_folder(tmp_path):
         checkpoint.lock(tmp_path)
     holder.kill()                                       # leaves no lock behind
     holder.wait()
+    (tmp_path / ".checkpoint-5.part").mkdir()           # it was killed while it wrote this
     checkpoint.lock(tmp_path)
+    assert os.listdir(tmp_path) == [".lock"]
     checkpoint.LOCKS.pop().close()
 
 

@@ -1269,8 +1269,8 @@ def test_rewind_replaces_the_metrics_whole(tmp_path, monkeypatch):
 
 
 def test_rewind_keeps_other_files(tmp_path):
-    for name in ("checkpoint-0000004", "checkpoint-0000005", "checkpoint-0000012", ".checkpoint-5.part",
-                 "checkpoint-best", "merged"):
+    for name in ("checkpoint-0000004", "checkpoint-0000005", "checkpoint-0000012", "checkpoint-best",
+                 "merged"):
         (tmp_path / name).mkdir()
     checkpoint.rewind(tmp_path, 4)                                                      # no metrics.jsonl yet
     left = sorted(path.name for path in tmp_path.iterdir())

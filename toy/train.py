@@ -137,9 +137,7 @@ def train(stage, net, loss_of):
     config = {"world_size": world.size} | {name: value for name, value in vars(args).items()
                                            if name.startswith((stage, "seed", "size", "num_", "ema_decay"))}
     if world.rank == 0:
-        checkpoint.check_writable(work / stage / "state.json")                  # makes the folder
         checkpoint.lock(work / stage)
-        checkpoint.clear_parts(work / stage)
     restore = partial(checkpoint.restore, *state)
     first, _ = checkpoint.load_checkpoint(work / stage, "latest", config, restore=restore)
 
