@@ -27,6 +27,7 @@ Single kernels and layers are measured by tests/kernel_speed.py.
 """
 import argparse
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,12 +47,6 @@ from support import checkpoint, engine, kernels, media
 
 # ---------------------------------------------------------------------------------------------------------
 # Timing
-
-
-def wall_ms(fn, repeats):
-    """Median milliseconds of a synchronised call of fn(), launch overhead included."""
-    # PyTorch's timer waits for the GPU, then reads the clock.
-    return sorted(timeit.repeat(fn, timer=benchmark.timer, repeat=repeats, number=1))[repeats // 2] * 1e3
 
 
 def matmul_ceiling(device, dtype):
@@ -90,10 +85,11 @@ def measure(name, fn, args, *networks, counted=None):
             fn()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        ms = wall_ms(fn, args.repeats)
+        # PyTorch's timer waits for the GPU, then reads the clock.
+        seconds = timeit.repeat(fn, timer=benchmark.timer, repeat=args.repeats, number=1)
     except torch.cuda.OutOfMemoryError:
         return tell(name, error="out of memory")
-    tflop = counter.get_total_flops() / 1e12
+    ms, tflop = statistics.median(seconds) * 1e3, counter.get_total_flops() / 1e12
     memory_gib = (torch.cuda.max_memory_allocated() - others) / 2**30 if on_gpu else None
     return tell(name, tflop=tflop, ms=ms, share=tflop / ms * 1e3 / args.ceiling, memory_gib=memory_gib)
 
