@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from support.checkpoint import ModelError, read_lines, refuse_overwriting, replacing, require_file
+from support.checkpoint import ModelError, read_lines, refuse_overwriting, replacing
 from support.engine import command_line
 
 COLUMNS = 3
@@ -38,7 +38,6 @@ def plot(metrics, out):
     """Draws a picture with one panel for each number of a metrics.jsonl, over the step. Values that are no
     finite numbers are left out. Raises ModelError."""
     refuse_overwriting([out], [metrics])
-    require_file(metrics)
     panels = defaultdict(list)                                  # name: its points (step, value)
     for row in read_lines(metrics, step=int):
         for name, value in row.items():
