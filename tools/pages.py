@@ -21,7 +21,7 @@ from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from evaluate import half_width, read_report
 from support.checkpoint import read_json, read_lines, replacing
@@ -283,10 +283,8 @@ def plot_budgets(rows, out):
 
 def number_rows(sheet, out, rows, height=65):
     """Writes a contact sheet with the numbers 1 to `rows`, again and again, left of its rows."""
-    picture = Image.open(sheet)
-    numbered = Image.new("RGB", (picture.width + 16, picture.height), "white")
-    numbered.paste(picture, (16, 0))
-    for i in range(picture.height // height):
+    numbered = ImageOps.expand(Image.open(sheet), (16, 0, 0, 0), "white")
+    for i in range(numbered.height // height):
         ImageDraw.Draw(numbered).text((8, i * height + height // 2), str(i % rows + 1), "black", anchor="mm")
     with replacing(out) as part:
         numbered.save(part, "JPEG", quality=90)
