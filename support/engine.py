@@ -210,9 +210,8 @@ def command_line(description, memory_hint="try smaller sizes or batches", **sett
     sys.excepthook = partial(report_error, memory_hint)
     if sys.stdout:                                  # names of files may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = Parser(description=description, allow_abbrev=False, **settings)
-    parser.formatter_class = partial(HelpFormatter, max_help_position=30, width=110)
-    return parser
+    formatter = partial(HelpFormatter, max_help_position=30, width=110)
+    return Parser(description=description, formatter_class=formatter, allow_abbrev=False, **settings)
 
 
 # Flags that may change when a run resumes. All others must equal those of the checkpoint.
