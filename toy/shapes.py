@@ -75,12 +75,9 @@ def outlines(centres, start, size):
     in world units, negative inside; far away for shapes that the clip does not have."""
     pixel = (torch.arange(size, device=centres.device) + 0.5) * (WORLD / size)
     angles = start.turn[:, None] * 2 * math.pi + (centres - start.place[:, None])[..., 0] / ROLL    # b f n
-    distances = []
-    for i in range(start.present.shape[1]):
-        distance, _, _ = outline_distance(                                                  # b f h w
-            pixel, centres[:, :, i], angles[:, :, i], start.kind[:, i], start.radius[:, i])
-        distances.append(distance.where(per_pixel(start.present[:, i, None]), WORLD))
-    return torch.stack(distances, dim=2)
+    shapes = zip(centres.unbind(2), angles.unbind(2), start.kind.unbind(1), start.radius.unbind(1))
+    distances = torch.stack([outline_distance(pixel, *shape)[0] for shape in shapes], dim=2)    # b f n h w
+    return distances.where(per_pixel(start.present[:, None]), WORLD)
 
 
 def in_front(distances):
@@ -118,7 +115,6 @@ def motion_of(centres, judged, bucket):
             "astray": far.flatten(1).any(1) | slow.flatten(1).any(1)}
 
 
-@torch.no_grad()
 def inspect(frames, start, bucket):
     """Whether a shape has a defect in a frame -> {"parts", "size", "kind", "colour", "astray": bool [b],
     "moved": the mean step of the shapes [b], in units}. frames: uint8 [b f 3 h w]; start: the Scene of the
@@ -151,7 +147,6 @@ def inspect(frames, start, bucket):
 # ---- Damaged clips --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def damages(start, motion, other, size):
     """Clips of a Scene in Motion, damaged in the ways DAMAGES -> {name: frames [b f 3 h w] in [-1, 1]}.
     other: another Motion of the same Scene.

@@ -84,7 +84,6 @@ class Motion(NamedTuple):
     angle: Tensor                   # b f n    rotation, radians
 
 
-@torch.no_grad()
 def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128, device="cpu",
               motion_seed: int | None = None) -> ToyClips:
     """Renders clips `indices` [b] of the world `seed`. With a `motion_seed`, the first frames and the speeds
