@@ -162,10 +162,9 @@ class Sheets:
     def draw(self, sampler, sigmas, **options):
         """Samples x0 [n f 4 h w], one clip at a time, so that memory does not grow with n."""
         samples = []
-        for i in range(len(self.cond.time_ids)):
-            cond = model.Cond(*(tensor[i:i + 1] for tensor in self.cond))
+        for i, cond in enumerate(zip(*(tensor.split(1) for tensor in self.cond))):
             generator = torch.Generator().manual_seed(self.seed + i)
-            samples.append(sampler(self.net, cond, sigmas, generator, **options))
+            samples.append(sampler(self.net, model.Cond(*cond), sigmas, generator, **options))
         return torch.cat(samples)
 
     def save(self, folder, step, fps):
@@ -174,10 +173,9 @@ class Sheets:
         256, because a sheet has 16 clips."""
         sigmas = karras_sigmas(NUM_SIGMAS)
         students = self.draw(sample, strided(sigmas, 1)), self.draw(sample, strided(sigmas, 2), tts=True)
-        rows = torch.cat(                                                               # (rows n) f 3 H W
-            self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in students])
-        small = F.avg_pool2d(rows.flatten(0, 1), max(1, rows.shape[-1] // 256))         # (rows n f) 3 h w
-        small = small.unflatten(0, rows.shape[:2])                                      # (rows n) f 3 h w
+        rows = torch.cat(self.fixed_rows + [decode(self.vae, x0).cpu() for x0 in students])
+        shrink = max(1, rows.shape[-1] // 256)
+        small = F.avg_pool3d(rows, (1, shrink, shrink))                                 # (rows n) f 3 h w
         save_sheet(small, folder / f"sample-{step:06d}.png")
         grid = rearrange(small, "(rows n) f c h w -> f c (rows h) (n w)", rows=4)
         save_video(grid, folder / f"sample-{step:06d}.mp4", fps)
