@@ -263,8 +263,7 @@ class Clips:
                 self.pending[number] = self.threads.apply_async(self.clip, [number])
         with engine.waiting():
             frames = torch.stack([self.pending[number].get()[0] for number in wanted])
-        for number in self.pending.keys() - set(ahead):
-            del self.pending[number]
+        self.pending = {number: self.pending[number] for number in ahead}
         return frames
 
 

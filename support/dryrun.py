@@ -66,8 +66,8 @@ class DryRun:
         if self.num_steps <= 0:
             raise ModelError(f"{run.args.output_dir} has all {run.step} steps: give more --max_train_steps")
         self.rate, self.data = reading_rate(latents)
-        graph = run.args.cuda_graph and run.world.device.type == "cuda"
-        self.untimed = 4 if graph else 1                            # engine.cuda_graph records call 4
+        # engine.cuda_graph records call 4.
+        self.untimed = 4 if run.args.cuda_graph and run.world.device.type == "cuda" else 1
         run.args.max_train_steps += self.untimed + TIMED            # the loop must not end before this does
 
     def after_step(self, finite, **norms):
