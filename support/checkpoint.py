@@ -405,15 +405,16 @@ def changes(was, now):
                      if was.get(key) != value)
 
 
-def load_checkpoint(folder, which, config, restarted=False, restore=lambda tensors: None):
-    """(step, tensors) of the newest complete checkpoint in `folder` (which = "latest"), or of the one at path
-    `which`; (0, {}) if there is none, or if which = "none".
+def load_checkpoint(folder, which, config, restore=lambda tensors: None, restarted=False):
+    """The step of the newest complete checkpoint in `folder` (which = "latest"), or of the one at path
+    `which`; 0 if there is none, or if which = "none".
 
-    restore(tensors) takes them, or raises ModelError if they do not fit; such a checkpoint, and one with a
-    damaged file, is incomplete: "latest" skips it with a warning. restarted: torchrun restarted the run after
-    a crash, and it continues from its own newest checkpoint, whatever `which` says. Raises ModelError if the
-    checkpoint at path `which` is incomplete, or if one was made with another configuration. Raises OSError if
-    a file cannot be read: its checkpoint may be intact, and a run that skipped it would delete it."""
+    restore(tensors) takes its tensors, or raises ModelError if they do not fit; such a checkpoint, and one
+    with a damaged file, is incomplete: "latest" skips it with a warning. restarted: torchrun restarted the
+    run after a crash, and it continues from its own newest checkpoint, whatever `which` says. Raises
+    ModelError if the checkpoint at path `which` is incomplete, or if one was made with another configuration.
+    Raises OSError if a file cannot be read: its checkpoint may be intact, and a run that skipped it would
+    delete it."""
     search = (which == "latest" or restarted) and folder.exists()
     # Not glob, which finds nothing in a folder that it may not read.
     candidates = sorted((p for p in folder.iterdir() if p.match(CHECKPOINTS)), reverse=True) if search else []
@@ -428,7 +429,7 @@ def load_checkpoint(folder, which, config, restarted=False, restore=lambda tenso
                 if path.match(CHECKPOINTS) and path.name != f"checkpoint-{state['step']:07d}":
                     raise ModelError(f"{path}: its step is {state['step']}")
                 restore(tensors)
-                return state["step"], tensors
+                return state["step"]
         except ModelError as error:
             if path == Path(which):
                 raise ModelError(f"{path}: not a complete checkpoint ({error})") from error
@@ -436,7 +437,7 @@ def load_checkpoint(folder, which, config, restarted=False, restore=lambda tenso
         else:
             raise ModelError(f"{path} belongs to a run with other settings: {differ}. "
                              "Repeat them, or choose another --output_dir")
-    return 0, {}
+    return 0
 
 
 def load_stage1(folder, groups):

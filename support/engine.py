@@ -529,9 +529,9 @@ class Run:
         self.stopped, self.bad_steps, self.skipped, self.measured = False, 0, torch.zeros(()), {}
         self.groups, self.optimizers = groups | {"count": {"skipped": self.skipped}}, optimizers
         self.config = {k: v for k, v in vars(args).items() if k not in FREE} | {"world_size": world.size}
-        self.step, _ = checkpoint.load_checkpoint(
-            args.output_dir, args.resume_from_checkpoint, self.config, world.restarted,
-            partial(checkpoint.restore, self.groups, optimizers))
+        self.step = checkpoint.load_checkpoint(
+            args.output_dir, args.resume_from_checkpoint, self.config,
+            partial(checkpoint.restore, self.groups, optimizers), world.restarted)
         if world.rank == 0 and not args.dry_run:
             checkpoint.rewind(args.output_dir, self.step)
         # All ranks draw the initial weights from the same seed. The average of equal numbers is that number.

@@ -198,7 +198,7 @@ def test_a_checkpoint_with_another_step_is_incomplete(tmp_path, step, capsys):
         checkpoint.save_checkpoint(tmp_path, number, {"x": torch.zeros(2)}, {}, keep=3)
     file = tmp_path / "checkpoint-0000006" / "state.json"
     write_json(file, read_json(file) | {"step": step})
-    assert checkpoint.load_checkpoint(tmp_path, "latest", {})[0] == 3
+    assert checkpoint.load_checkpoint(tmp_path, "latest", {}) == 3
     assert f"its step is {step}" in capsys.readouterr().err
 
 
@@ -217,7 +217,7 @@ def test_tensors_that_do_not_fit_make_a_checkpoint_incomplete(tmp_path, change, 
     change(tensors)
     checkpoint.save_checkpoint(tmp_path, 6, tensors, {}, keep=3)
     restore = partial(checkpoint.restore, groups, optimizers)
-    step, _ = checkpoint.load_checkpoint(tmp_path, "latest", {}, restore=restore)
+    step = checkpoint.load_checkpoint(tmp_path, "latest", {}, restore=restore)
     assert step == 3 and "checkpoint-0000006 is incomplete and skipped" in capsys.readouterr().err
     with pytest.raises(ModelError, match="not a complete checkpoint"):
         checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), {}, restore=restore)

@@ -575,7 +575,8 @@ def test_gradients_that_stay_non_finite_end_the_run(train):
     run = train(1, "--checkpointing_steps 1", before=partial(spoil, None)).wait()
     assert_refused(run, "not finite for 5 steps, until step 5", "start over")
     assert [row["skipped"] for row in metrics(run.folder)] == [1, 2, 3, 4]
-    step, tensors = checkpoint.load_checkpoint(run.folder, "latest", {})
+    tensors = {}
+    step = checkpoint.load_checkpoint(run.folder, "latest", {}, restore=tensors.update)
     assert step == 4 and all(tensor.isfinite().all() for tensor in tensors.values())
     assert not any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)      # never updated
 
@@ -1195,21 +1196,22 @@ def test_learning_rate_schedule(decay_steps, expected):
 
 def test_checkpoints_keep_the_last(tmp_path, capsys):
     config = {"lr": 0.1}
-    assert checkpoint.load_checkpoint(tmp_path, "latest", config) == (0, {})
+    assert checkpoint.load_checkpoint(tmp_path, "latest", config) == 0
     for step in (3, 6, 9, 12):
         checkpoint.save_checkpoint(tmp_path, step, {"x": torch.full((2,), step)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 9, 12]
-    step, tensors = checkpoint.load_checkpoint(tmp_path, "latest", config)
+    tensors = {}
+    step = checkpoint.load_checkpoint(tmp_path, "latest", config, restore=tensors.update)
     assert step == 12 and tensors["x"].tolist() == [12, 12]
     (tmp_path / "checkpoint-0000012" / "state.json").unlink()
-    assert checkpoint.load_checkpoint(tmp_path, "latest", config)[0] == 9
+    assert checkpoint.load_checkpoint(tmp_path, "latest", config) == 9
     assert "checkpoint-0000012 is incomplete and skipped" in capsys.readouterr().err
-    assert checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), config)[0] == 6
+    assert checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), config) == 6
     with pytest.raises(checkpoint.ModelError, match="not a complete checkpoint"):
         checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000012"), config)
     with pytest.raises(checkpoint.ModelError, match="lr was 0.1, is 0.2"):
         checkpoint.load_checkpoint(tmp_path, "latest", {"lr": 0.2})
-    assert checkpoint.load_checkpoint(tmp_path, "none", config) == (0, {})
+    assert checkpoint.load_checkpoint(tmp_path, "none", config) == 0
     checkpoint.rewind(tmp_path, 6)
     checkpoint.save_checkpoint(tmp_path, 7, {"x": torch.zeros(2)}, config, keep=3)
     assert checkpoints(tmp_path) == [6, 7]
@@ -1230,10 +1232,10 @@ def test_a_checkpoint_that_cannot_be_read_is_no_incomplete_one(tmp_path, name, w
         checkpoint.load_checkpoint(tmp_path, which, {})
     file.unlink()
     file.write_bytes(content)
-    assert checkpoint.load_checkpoint(tmp_path, which, {})[0] == 6
+    assert checkpoint.load_checkpoint(tmp_path, which, {}) == 6
     file.write_bytes(content[:len(content) // 2])
-    assert which != "latest" or checkpoint.load_checkpoint(tmp_path, which, {})[0] == 3     # read, and broken
-    assert checkpoint.load_checkpoint(tmp_path / "nowhere", "latest", {}) == (0, {})
+    assert which != "latest" or checkpoint.load_checkpoint(tmp_path, which, {}) == 3     # read, and broken
+    assert checkpoint.load_checkpoint(tmp_path / "nowhere", "latest", {}) == 0
 
 
 def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch):
@@ -1248,7 +1250,7 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch):
         patch.setattr(os, "listdir", refuse)
         patch.setattr(os, "scandir", refuse)
         checkpoint.load_checkpoint(tmp_path, "latest", {})
-    assert checkpoint.load_checkpoint(tmp_path, "latest", {})[0] == 3
+    assert checkpoint.load_checkpoint(tmp_path, "latest", {}) == 3
 
 
 def test_rewind_replaces_the_metrics_whole(tmp_path, monkeypatch):
@@ -1282,9 +1284,9 @@ def test_restarted_by_torchrun(tmp_path):
     path, here = tmp_path / "elsewhere" / "checkpoint-0000003", tmp_path / "here"
     here.mkdir()
     load = lambda which: checkpoint.load_checkpoint(here, which, {}, restarted=True)
-    assert load("none") == (0, {}) and load(str(path))[0] == 3                         # nothing saved here
+    assert load("none") == 0 and load(str(path)) == 3                         # nothing saved here
     checkpoint.save_checkpoint(here, 5, {"x": torch.zeros(2)}, {}, keep=3)
-    assert load("none")[0] == load(str(path))[0] == 5
+    assert load("none") == load(str(path)) == 5
 
 
 def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):

@@ -138,8 +138,7 @@ def train(stage, net, loss_of):
                                            if name.startswith((stage, "seed", "size", "num_", "ema_decay"))}
     if world.rank == 0:
         checkpoint.lock(work / stage)
-    restore = partial(checkpoint.restore, *state)
-    first, _ = checkpoint.load_checkpoint(work / stage, "latest", config, restore=restore)
+    first = checkpoint.load_checkpoint(work / stage, "latest", config, partial(checkpoint.restore, *state))
 
     generator, losses = torch.Generator(device), []
     # disable=None: no progress bar without a terminal.
