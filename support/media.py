@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageCms, ImageOps
 
 from support.checkpoint import ModelError, replacing, require_file
 
@@ -74,7 +75,6 @@ def load_images(paths):
 def load_image(path):
     """The picture in a file (- for stdin) as a PIL image in sRGB, turned upright as its EXIF data says, with
     transparent parts on white. Raises ModelError if it cannot be read or is too large."""
-    from PIL import Image, ImageCms, ImageOps
     require_file(Path(path))
     # sys.stdin is None if the shell has closed it. The error is then that there is no file "-".
     source = io.BytesIO(sys.stdin.buffer.read()) if sys.stdin and str(path) == "-" else path
@@ -109,7 +109,6 @@ def fit_image(image, width, height):
     The picture is cropped at the centre to the aspect ratio of width x height, then resized. kept: the
     fractions of its width and of its height that remain after the crop.
     """
-    from PIL import Image, ImageOps
     scale = max(width / image.width, height / image.height)
     kept = width / scale / image.width, height / scale / image.height
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -124,7 +123,6 @@ def fit_image(image, width, height):
 def save_video(frames, file, fps):
     """Writes frames [f 3 H W] in [-1, 1] as .mp4, .gif or .png (contact sheet), by the suffix of `file`.
     A gif plays at no more than 50 fps."""
-    from PIL import Image
     if file.suffix == ".png":
         return save_sheet(frames[None], file)
     pixels = ((rearrange(frames, "f c h w -> f h w c") + 1) * 127.5).round().clip(0, 255).byte().cpu().numpy()
@@ -167,7 +165,6 @@ def contact_sheet(frames, gap=2):
 def save_sheet(clips, file, shrink=1):
     """Writes the contact sheet of clips [n f 3 h w], reduced by the integer factor `shrink`, as a JPEG if
     `file` ends in .jpg, else as a PNG."""
-    from PIL import Image
     content = io.BytesIO()                      # on a full disk, PIL would write half a JPEG without an error
     sheet = Image.fromarray(contact_sheet(clips).numpy()).reduce(shrink)
     sheet.save(content, "JPEG" if file.suffix == ".jpg" else "PNG", quality=90)
