@@ -87,9 +87,8 @@ def load_network(cls, folder, variant, dtype, device):
 
     variant: None, or "fp16" for *.fp16.safetensors. Raises ModelError.
     """
-    config = read_json(folder / "config.json")
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key[:1] != "_"}
     try:
-        config = {key: value for key, value in config.items() if not key.startswith("_")}
         check_config(cls, config)
         with torch.device("meta"):                                      # shapes only; no memory is allocated
             net = cls(**config)

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from support import checkpoint, engine
-from support.checkpoint import ModelError
+from support import engine
+from support.checkpoint import ModelError, collect, save_checkpoint
 
 NUM_CLIPS = 20                      # clips to read
 TIMED = 2                           # steps to time, after those that compile kernels and record graphs
@@ -72,26 +72,26 @@ class DryRun:
 
     def after_step(self, finite, **norms):
         self.step += 1
-        done = self.step - self.run.step - self.untimed
+        # `now` stands still while this process waits for data.
+        done, now = self.step - self.run.step - self.untimed, time.perf_counter() - engine.WAITED[0]
         if done == 0:
-            self.clock, self.waited = time.perf_counter(), engine.WAITED[0]
+            self.start = now
         self.stopped = done == TIMED or bool(self.run.stop)
         if done == TIMED and not finite:
             raise ModelError("gradients are not finite; try --mixed_precision no")
         if done == TIMED and self.run.world.rank == 0:
-            seconds, waited = time.perf_counter() - self.clock, engine.WAITED[0] - self.waited
-            self.report((seconds - waited) / TIMED)
+            self.report((now - self.start) / TIMED)
 
     def report(self, own):
         """Writes a checkpoint and a sheet, deletes them, and prints the summary. own: seconds of a step
         without those that it waited for data."""
         run, args, world = self.run, self.run.args, self.run.world
-        state = checkpoint.collect(run.groups, run.optimizers)
+        state = collect(run.groups, run.optimizers)
         size = sum(tensor.nbytes for tensor in state.values())      # of a checkpoint
         require_space(args.output_dir, size)
         with TemporaryDirectory(prefix=".dry_run", suffix=".part", dir=args.output_dir) as name:
             folder, start = Path(name), time.perf_counter()
-            checkpoint.save_checkpoint(folder, 0, state, run.config, 1)
+            save_checkpoint(folder, 0, state, run.config, 1)
             saving, start = time.perf_counter() - start, time.perf_counter()
             run.save_sheet(folder, 0)
             drawing = time.perf_counter() - start
@@ -119,9 +119,9 @@ def encode(source, out, num_clips, world):
     `out`. source: data.VideoLatents. Raises ModelError if the disk is too small."""
     rate, read = reading_rate(source)
     source.encode(torch.arange(1))                                  # compiles kernels
-    start, waited = time.perf_counter(), engine.WAITED[0]
+    start = time.perf_counter() - engine.WAITED[0]                  # as above, without waiting for data
     encoded = [tensor.cpu() for tensor in source.encode(torch.arange(1, 4))]            # waits for the GPU
-    own = (time.perf_counter() - start - engine.WAITED[0] + waited) / 3
+    own = (time.perf_counter() - engine.WAITED[0] - start) / 3
     needed, kind = num_clips * sum(tensor.nbytes for tensor in encoded) / 3, device_name(world)
     free = require_space(out, needed)
     if world.rank == 0:
