@@ -34,13 +34,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from support.fused import has_kernels
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                                 # without Triton, upsample_normalize uses PyTorch
-    triton = tl = None
+from support.fused import has_kernels, tl, triton  # None without Triton: upsample_normalize uses PyTorch
 
 # ---------------------------------------------------------------------------------------------------------
 # Triton kernels
