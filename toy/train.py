@@ -178,16 +178,14 @@ def graph_calls(net, *example):
 
 def publish(stage, net, save, **metrics):
     """Writes a finished network in fp16 into its folder, by save(net, folder), completely or not at all, and
-    deletes its checkpoint. Until it is there, an earlier network is in its folder, or in .train/STAGE.old."""
-    part, old, folder = work / stage / ".finished.part", work / f"{stage}.old", args.output_dir / stage
+    deletes its checkpoint. Until it is there, an earlier network is in its folder, or in .train/STAGE/old."""
+    part, old, folder = work / stage / ".finished.part", work / stage / "old", args.output_dir / stage
     if world.rank == 0:
         save(net.half(), part)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         part.rename(folder)
-        for done in (old, work / stage):
-            shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(work / stage, ignore_errors=True)
         print(f"{stage}: finished at {time.time() - start:.0f} s", metrics, flush=True)
     log(stage=stage, finished=True, **metrics)
     engine.any_rank(False, device)                                  # wait until the folder is written
