@@ -281,8 +281,7 @@ def load_networks(args, dtype):
 
 def choose_size(args, unet):
     """(width, height) of the video in pixels, multiples of the total downsampling of VAE and UNet."""
-    stride = model.pixel_stride(unet)
-    default = model.default_size(unet)
+    stride, default = model.pixel_stride(unet), model.default_size(unet)
     asked = args.width or default[0], args.height or default[1]
     width, height = (max(stride, round(side / stride) * stride) for side in asked)
     if (width, height) != asked:

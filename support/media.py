@@ -93,7 +93,7 @@ def load_image(path):
         image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
     # In a BMP or TGA file, an alpha channel of zeros is an unused byte per pixel.
     unused = file.format in ("BMP", "TGA") and image.getextrema()[-1] == (0, 0)
-    if not unused and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
+    if image.has_transparency_data and not unused:
         mode = "L" if image.mode[0] == "L" else "RGB"
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
