@@ -326,9 +326,8 @@ class ShardLatents:
             shard, row = divmod(shuffled(self.seed, epoch, n)[position].item(), self.index["shard_size"])
             clip = [x[row:row + 1] for x in self.shards[shard]]         # on the CPU: no wait for the GPU
             with engine.waiting():                                      # here the disk is read
-                finite = all(x.isfinite().all() for x in clip)
-            if not finite:
-                raise ModelError(f"{list(self.index['shards'])[shard]}: NaN or infinity in clip {row} of it")
+                if not all(x.isfinite().all() for x in clip):
+                    raise ModelError(f"{[*self.index['shards']][shard]}: NaN or infinity in clip {row} of it")
             rows.append([x.to(self.device) for x in clip])
         return concatenate(rows).take(torch.arange(len(rows)))
 
