@@ -10,7 +10,7 @@
 
 Clip numbers count up over all epochs. The file of a clip, its start time, whether it is mirrored, and its
 noise are functions of (seed, number) only. So the position in the data is one integer, on any number of
-processes and after any resume.
+processes and after any resume. (In the toy world, the noise on the picture also depends on num_clips.)
 
 Videos are decoded in separate processes (support/decode.py). A file that crashes or hangs its decoder is
 added to a skip list, and training goes on with another file.
@@ -370,7 +370,8 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     """The data that a trainer's flags name, for a process that trains on `clips_per_rank` clips of each
     batch -> the result of open_data, and (x0, cond) of four validation clips. Those of the toy world are
     unseen. Those of videos are the same videos at other times, and those of shards are clips that the run
-    trains on: nothing is held out. With --overfit N, both are the first N clips, encoded once."""
+    trains on: nothing is held out. With --overfit N, the run trains on the first N clips,
+    encoded once, and shows four of them."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     width, height = (given or default for given, default in
                      zip((args.width, args.height), model.default_size(unet)))
@@ -383,13 +384,13 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     other = open_data(Namespace(**flags), vae, image_encoder) if args.data == "toy" else latents
     # Numbers that training does not reach. 720,720 is a multiple of 1 to 16: four clips of few videos belong
     # to one epoch, so they differ.
-    x0, cond = other.take(HELD_OUT * 720_720 + torch.arange(4))                     # b f 4 h w
+    x0, cond = other.take(10 ** 6 * 720_720 + torch.arange(4))                     # b f 4 h w
     if n := flags.get("overfit"):
         x0, cond = latents.take(torch.arange(n))
         latents = Latents(x0, cond.image_embeds, cond.image_latents[:, 0], cond.time_ids)
         x0, cond = latents.take(torch.arange(4))                                    # modulo n
-    found, takes = [cond.image_embeds.shape[-1], 2 * x0.shape[2]], [
-        unet.config["cross_attention_dim"], unet.config["in_channels"]]
+    found = [cond.image_embeds.shape[-1], 2 * x0.shape[2]]
+    takes = [unet.config["cross_attention_dim"], unet.config["in_channels"]]
     if found != takes:
         raise ModelError(f"--data has image embeddings and channels {found}, the UNet takes {takes}")
     return latents, (x0, cond)
@@ -474,12 +475,12 @@ def main():
     flag = parser.add_argument
     flag("command", choices=modes, help="; ".join(f"{mode} {modes[mode][0].__doc__}" for mode in modes))
     flag("data", help="a folder of videos, or a .csv or .jsonl list of paths; for check, shards as well")
-    flag("--out", type=Path, help="output (None: good.jsonl, sheet.png or shards)")
+    flag("--out", type=Path, help="output (default: good.jsonl, sheet.png or shards)")
     engine.clip_flags(flag)
     parser.set_defaults(width=576, height=320, workers=os.cpu_count())
     flag("--num_frames", type=engine.number(2, 1000), default=14, help="frames per clip")
-    flag("--num_clips", help="number of clips (None: preview 8, encode one per video)")
-    flag("--model", default="assets/toy", help="encode: pipeline folder or hub id")
+    flag("--num_clips", help="number of clips (default: preview 8, encode one per video)")
+    flag("--model", default=str(checkpoint.ASSETS / "toy"), help="encode: pipeline folder or hub id")
     flag("--shard_size", default=256, help="encode: clips per shard")
     flag("--dry_run", action="store_true", help="encode: measure time and disk space on some clips, no files")
     args = parser.parse_args()

@@ -12,8 +12,8 @@
     Discriminator           features with two heads per level: latents [b f c h w] -> logits [b k]
     upsample_normalize      latents -> input of the backbone, one fused kernel (support/upsample.py)
 
-OSV, arXiv 2409.11367, section 4.1, Figs. 3 and 4. A spatial head sees no motion and a temporal head sees no
-shape. With spatial heads alone the generator learns to repeat the first frame.
+OSV, arXiv 2409.11367, section 4.1, Figs. 3 and 4. A spatial head cannot see motion. A temporal head does not
+see how places fit together. In SF-V, spatial heads alone made videos that repeat the first frame.
 
 Letters in shape comments: b clips, f frames, c d channels, h w size of latents and feature maps, H W size of
 frames, p patches, k logits, n any batch.
@@ -79,7 +79,7 @@ class SpatialHead(Head):
 class TemporalHead(Head):
     """Judges the history of each place alone: (b f) c h w -> b (f h w).
 
-    The paper's Conv1d over f runs as a Conv2d whose kernel is 1 place high and 7 frames wide.
+    The paper's Conv1d over f runs as a Conv2d whose kernels are 1 place high and 7 frames wide.
     """
 
     def __init__(self, c, width):
@@ -153,7 +153,7 @@ class DinoFeatures(nn.Module):
         if self.kind == "pixel":
             x = self.decode(x / self.vae.config["scaling_factor"], num_frames)                  # (b f) 3 H W
         else:
-            # Kind latent: a 1x1 map commutes with the resize, and before it there are fewer pixels.
+            # Kind latent: a 1x1 map commutes with the resize, and is cheaper before it.
             x = self.to_rgb(x)                                  # (b f) 3 h w, or 3 4h 4w for kind subpixel
         # x is taken to be in [-1, 1]. DINOv2 expects ((x + 1) / 2 - mean) / std, written as (x - m) / s:
         mean, std = ([2 * v - 1 for v in IMAGENET_MEAN], [2 * v for v in IMAGENET_STD])
@@ -167,7 +167,7 @@ class DinoFeatures(nn.Module):
     def decode(self, latents, num_frames):
         """Unscaled latents (b f) c h w -> frames (b f) 3 H W.
 
-        The decoder's activations for a whole clip of SVD's size do not fit on a GPU. So large frames are
+        A backward pass through a whole clip needs more activations than fit on a GPU. So large frames are
         decoded a few at a time, and again in the backward pass (gradient checkpointing). Real and generated
         clips are cut at the same frames, so the cuts do not tell them apart.
         """
@@ -274,7 +274,8 @@ class Discriminator(nn.Module):
         num_frames = latents.shape[1]
         noise = () if numbers is None else (numbers,)
         maps = self.features(latents, cond, *noise)                             # (b f) d h w per level
-        # The weights of the heads are fp32. Under autocast the heads compute in the dtype of the features.
+        # The weights of the heads are fp32. Under autocast the heads compute in the dtype of the features. It
+        # must not cache converted weights, because they change between the replays of a CUDA graph.
         dtype = maps[0].dtype
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             logits = [head(x, num_frames) for x, heads in zip(maps, self.heads) for head in heads.values()]

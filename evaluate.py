@@ -369,8 +369,8 @@ class Report:
         """A network of --model in the dtype of the device. student: loads these weights. --plain: keeps the
         layers of model.py."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        net = loader(self.args.model, dtype=dtype, device=self.device)
-        net = load_student(student, net) if student else net
+        net = loader(self.args.model, dtype=torch.float32 if student else dtype, device=self.device)
+        net = load_student(student, net).to(dtype) if student else net          # merges a LoRA in fp32
         return net if self.args.plain else fast(net)
 
     def earlier_rows(self):

@@ -39,8 +39,8 @@ LARGEST = 65_536                                    # rank or alpha in a file
 
 
 class LoRA:
-    """Base class of LoRALinear and the LoRA convolutions. It shares the parameters of the layer that it
-    replaces, and adds A and B. These are created in fp32, whatever the dtype of the layer."""
+    """Base class of LoRALinear and the LoRA convolutions. It has the dictionary of parameters of the layer
+    that it replaces, and adds A and B. These are created in fp32, whatever the dtype of the layer."""
 
     def __init__(self, layer, rank, alpha):
         nn.Module.__init__(self)                    # nn.Linear.__init__ would allocate a second weight
@@ -227,9 +227,9 @@ def load_lora(unet, path, whole=True):
         pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
         if path not in layers or None in pair:
             raise ModelError(f"{file}: {path}.lora_* does not fit a layer of this network")
-        out, *window = layers[path].weight.shape                # channels in, and height, width of the window
-        found, rank = [tuple(tensor.shape) for tensor in pair], pair[0].numel() // math.prod(window)
-        shapes = [(rank, *window), (out, rank, *[1] * (len(window) - 1))]
+        out, *in_shape = layers[path].weight.shape              # in_shape: channels in, then height and width
+        found, rank = [tuple(tensor.shape) for tensor in pair], pair[0].numel() // math.prod(in_shape)
+        shapes = [(rank, *in_shape), (out, rank, *[1] * (len(in_shape) - 1))]
         if found != shapes or not 0 < rank <= LARGEST:
             raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
         loaded[path] = with_lora(layers[path], rank, rank if alpha is None else alpha)
@@ -248,8 +248,9 @@ def load_student(path, unet, variant=None):
     """The distilled UNet at `path`, in the dtype and on the device of `unet`, the UNet of its teacher.
 
     path: a UNet (folder, hub id, or a file with diffusers' keys), or a LoRA (folder or file), which is merged
-    into `unet`. variant: weights to read, if the UNet at `path` has such files. Raises ModelError, also for a
-    UNet that takes other inputs than its teacher.
+    into `unet`. Give `unet` in fp32, and convert the result: a merge in bf16 loses small updates. variant:
+    weights to read, if the UNet at `path` has such files. Raises ModelError, also for a UNet that takes other
+    inputs than its teacher.
     """
     file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
     if not file.is_file():

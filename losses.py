@@ -1,11 +1,11 @@
-"""The losses of both stages, as pure functions: tensors in, one fp32 scalar out.
+"""The losses of both stages and the weight of the distance, as pure functions of tensors, in fp32.
 
     hinge_d, hinge_g        adversarial: Eqs. 6 and 7 (stage 1), Eqs. 9 and 10 (stage 2)
     pseudo_huber            reconstruction (stage 1, Eq. 7) and consistency (stage 2, Eq. 10)
     consistency_weight      lambda(t_n) of Eq. 10
 
-OSV, arXiv 2409.11367. The two stages use the same equations. They differ in the real clips (data, or outputs
-of the EMA student) and in the weight of the distance.
+OSV, arXiv 2409.11367. The two stages use the same equations. They differ in target and real clips (data, or
+outputs of the EMA student) and in the weight of the distance.
 """
 
 
@@ -23,8 +23,8 @@ def hinge_g(logits_fake, linear=False):
 
 
 def pseudo_huber(x, y, c, weight=None):
-    """The mean over all elements of sqrt((x - y)^2 + c^2) - c: d(x, y) of Eqs. 7 and 10, which is about
-    |x - y| for differences above c and quadratic below.
+    """The mean over all elements of sqrt((x - y)^2 + c^2) - c: element by element, the d(x, y) of Eqs. 7
+    and 10. It is about |x - y| for differences above c and quadratic below.
 
     x, y [b ...]; weight [b] multiplies the distance of each clip. The equation as printed takes the norm of
     a whole clip's difference instead. That is about sqrt(number of elements) times as large (402 times for 14
@@ -39,8 +39,8 @@ def pseudo_huber(x, y, c, weight=None):
 def consistency_weight(sigma_t, sigma_s, exponent=0.1):
     """The weight lambda(t_n) of Eq. 10, (1 / (sigma_t - sigma_s)) ^ exponent, of each clip: [b], [b] -> [b].
 
-    Exponent 1 is iCT's weight (arXiv 2310.14189). On SVD's grid the high noise levels, where one-step
-    sampling starts, then have 1/20,000 of the weight of the lowest one. 0.1 (AnimateLCM) keeps all weights
-    within a factor of 3.
+    Exponent 1 is iCT's weight (arXiv 2310.14189). On SVD's grid with m = 5, the highest noise levels, where
+    one-step sampling starts, then have 1/91,000 of the weight of the lowest one. 0.1 (AnimateLCM) keeps all
+    weights within a factor of 3.2.
     """
     return (sigma_t.float() - sigma_s.float()).pow(-exponent)

@@ -32,7 +32,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 import model
-from lora import load_student
+from lora import load_student, lora_file
 from solver import NUM_SIGMAS, consistency, karras_sigmas, precondition, solve, strided
 from support import checkpoint
 from support.checkpoint import ASSETS, DTYPES, SVD, write_safetensors
@@ -81,8 +81,8 @@ def sample(net, cond, sigmas, generator, tts=False):
 
 @torch.no_grad()
 def time_travel(net, cond, sigma_t, sigma_s, generator, readout="look_ahead"):
-    """The Time Travel Sampler for one step: 2 network evaluations, the first at sigma_t, the second at the
-    lower look-ahead level sigma_s. Returns x0 [b f 4 h w]. OSV v2, Eq. 13:
+    """The Time Travel Sampler, in place of one step: 2 network evaluations, the first at sigma_t, the second
+    at the lower look-ahead level sigma_s. Returns x0 [b f 4 h w]. OSV v2, Eq. 13:
 
         f = f_theta(x_t, sigma_t)                       first estimate of the clean latent
         eps = (eps_0 + (x_t - f) / sigma_t) / 2         mean of fresh noise and the noise that f implies
@@ -90,8 +90,8 @@ def time_travel(net, cond, sigma_t, sigma_s, generator, readout="look_ahead"):
 
     readout selects what is returned:
         "look_ahead"    f', the default.
-        "printed"       Eq. 13 as printed. It weights the second raw output with the scalings of sigma_t. The
-                        term -c_skip(sigma_s) x_s remains, visible as noise unless sigma_s is large.
+        "printed"       Eq. 13 as printed. It weights the second raw output with the scalings of sigma_t. This
+                        leaves the error -c_skip(sigma_s) x_s, visible as noise unless sigma_s is large.
         "v1"            Eq. 11 of version 1 of the paper, which adds no noise between the evaluations. The
                         first evaluation gets sigma_s although its input has noise level sigma_t; the second
                         gets sigma_t although its input is the first estimate, without noise.
@@ -131,8 +131,9 @@ def sample_teacher(net, cond, sigmas, generator, guidance=None, progress=iter):
 def decode(vae, x0, decode_chunk_size=None, progress=iter):
     """Scaled latents x0 [b f 4 h w] -> frames [b f 3 H W] in [-1, 1].
 
-    decode_chunk_size: frames decoded together (default: all of a clip). Smaller chunks need less memory. The
-    temporal layers of the decoder do not see across a cut, so frames near one change slightly.
+    decode_chunk_size: frames decoded together (default: whole clips, small ones several at a time). Smaller
+    chunks need less memory. The temporal layers of the decoder do not see across a cut, so frames near one
+    change slightly.
     """
     num_frames = x0.shape[1]
     chunk = decode_chunk_size or num_frames
@@ -218,7 +219,7 @@ def parse_args(argv=None):
     flag("--tts", action="store_true", default=None, help="Time Travel Sampler (default: on with --steps 1)")
     flag("--no_tts", dest="tts", action="store_false", default=None, help="one step, one network evaluation")
     flag("--min_guidance_scale", default=1.0, help="of the teacher, first frame")
-    flag("--max_guidance_scale", default=3.0, help="and its last frame; both 1: off")
+    flag("--max_guidance_scale", default=3.0, help="and its last frame; neither above 1: off")
     flag("--decode_chunk_size", help="frames at once; fewer save memory (default: all)")
     flag("--offload", action="store_true", help="keep each network on the GPU only while it runs")
     flag("--cuda_graph", action="store_true", help="record the UNet as a CUDA graph; fast after 4 calls")
@@ -270,9 +271,11 @@ def load_networks(args, dtype):
     # The VAE overflows in fp16.
     vae = model.load_vae(args.model, dtype=torch.float32 if dtype == torch.float16 else dtype, **source)
     image_encoder = model.load_image_encoder(args.model, dtype=dtype, **source)
-    unet = model.load_unet(args.model, dtype=dtype, **source)
+    # A LoRA is merged in fp32: in bf16 the sum would lose small updates.
+    merges = args.student and lora_file(args.student).is_file()
+    unet = model.load_unet(args.model, dtype=torch.float32 if merges else dtype, **source)
     if args.student:
-        unet = load_student(args.student, unet, args.variant)
+        unet = load_student(args.student, unet, args.variant).to(dtype)
     checkpoint.check_fit(unet, vae, image_encoder)
     if not args.plain:
         unet, vae = fast(unet), fast(vae)

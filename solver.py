@@ -4,7 +4,7 @@
     precondition              scalings c_skip, c_out, c_in, c_noise of SVD's v-prediction     EDM Table 1
     consistency               f(x, sigma), the network's estimate of the clean latent         OSV Eq. 4
     guided                    f with classifier-free guidance                                 OSV section 4.2
-    euler_step                one Euler step of the probability-flow ODE                      EDM Eq. 3
+    euler_step                one Euler step of the probability-flow ODE                      EDM Eqs. 1, 3
     solve                     m Euler steps of the guided teacher                             OSV Eq. 8
 
 The noise level is `sigma`: x_t = x0 + sigma_t * noise, from 700 (noise) down to 0 (data). Subscript t is the
@@ -97,7 +97,7 @@ def guided(net, x_t, sigma, cond, guidance=None):
     """
     if guidance is None:
         return consistency(net, x_t, sigma, cond)
-    both = Cond(*(torch.cat(pair) for pair in zip(unconditional(cond), cond)))  # (2 b) ...
+    both = Cond(*(torch.cat(pair) for pair in zip(unconditional(cond), cond)))  # 2 b: first unconditional
     sigma = per_clip(sigma, x_t).flatten().repeat(2)                            # (2 b)
     denoised_uncond, denoised_cond = consistency(net, x_t.repeat(2, 1, 1, 1, 1), sigma, both).chunk(2)
     return denoised_uncond + guidance * (denoised_cond - denoised_uncond)
@@ -108,7 +108,7 @@ def guided(net, x_t, sigma, cond, guidance=None):
 
 
 def euler_step(x_t, denoised, sigma_t, sigma_s):
-    """Takes one Euler step of dx / d sigma = (x - denoised) / sigma from sigma_t to sigma_s (EDM Eq. 3):
+    """Takes one Euler step of dx / d sigma = (x - denoised) / sigma from sigma_t to sigma_s (EDM Eqs. 1, 3):
 
         x_s = x_t + (sigma_s - sigma_t) / sigma_t (x_t - denoised)
             = denoised + sigma_s / sigma_t (x_t - denoised)
@@ -116,7 +116,7 @@ def euler_step(x_t, denoised, sigma_t, sigma_s):
     The second form is the one computed. In it no large numbers cancel: a step to 0 returns exactly
     `denoised`. x_t, denoised [b f c h w] -> x_s [b f c h w].
     """
-    return denoised + per_clip(sigma_s, x_t) / per_clip(sigma_t, x_t) * (x_t - denoised)        # EDM Eq. 3
+    return denoised + per_clip(sigma_s, x_t) / per_clip(sigma_t, x_t) * (x_t - denoised)    # EDM Eqs. 1, 3
 
 
 @torch.no_grad()
@@ -127,8 +127,7 @@ def solve(teacher, x_t, sigmas, cond, guidance=None, progress=iter):
     grid may be padded with zeros. progress: wraps the loop (tqdm). x_t [b f c h w] -> x_s [b f c h w].
     """
     for i in progress(range(len(sigmas) - 1)):
-        sigma_t = per_clip(sigmas[i], x_t)
-        denoised = guided(teacher, x_t, sigma_t.flatten(), cond, guidance)
-        x_s = euler_step(x_t, denoised, sigma_t.flatten(), sigmas[i + 1])       # OSV Eq. 8
-        x_t = torch.where(sigma_t > 0, x_s, x_t)
+        denoised = guided(teacher, x_t, sigmas[i], cond, guidance)
+        x_s = euler_step(x_t, denoised, sigmas[i], sigmas[i + 1])               # OSV Eq. 8
+        x_t = torch.where(per_clip(sigmas[i], x_t) > 0, x_s, x_t)               # at sigma 0, x_s is 0 / 0
     return x_t

@@ -8,8 +8,9 @@ OSV (arXiv 2409.11367), Eqs. 6 and 7.
 Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is x0, fake is f_theta(x_t, sigma_t).
 
 Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
-disc.safetensors, from which stage 2 can start, and merged/, a UNet folder for `sampler.py --student`. The
-same command again resumes. `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
+disc.safetensors, which --stage1 of train_stage2.py reads, merged/, a UNet folder for `sampler.py --student`,
+and if only LoRA trains, the LoRA for other tools. The same command again resumes.
+`diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
 from functools import partial
@@ -37,8 +38,8 @@ PRESETS = {
     "toy": dict(batch_size=64, num_clips=40000, max_train_steps=1240, learning_rate=3e-4, lr_d=1e-3,
                 warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
                 validation_steps=310, checkpointing_steps=310, log_steps=25),
-    # The paper's setting: SVD on 8 GPUs, with your own --data. docs/decisions.md says what stands here where
-    # the paper is silent.
+    # The paper's setting: SVD on 8 GPUs, with your own --data. docs/decisions.md explains the values that
+    # the paper does not give.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=1024, height=576, batch_size=8, max_train_steps=2000, learning_rate=5e-6, lr_d=1e-5,
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
@@ -55,7 +56,7 @@ flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="l
 flag("--adv_weight", default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world, stop = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # in each step
+clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps
 micro_batch = clips_per_rank // parts                               # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
 # micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
@@ -81,9 +82,9 @@ theta = engine.MasterWeights(net, engine.trained_names(net, args.train))
 
 disc = fast(Discriminator(features, args.heads)).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
-psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # power iteration of spectral norm
+psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # singular vectors of spectral norm
 
-if world.rank == 0:                                                 # draws the teacher now, the student later
+if world.rank == 0:                                                 # net is still the teacher: drawn here
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 
@@ -91,7 +92,7 @@ net.set_checkpointing(args.gradient_checkpointing)
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-# The whole state of a run. Noise and the order of clips need none: they are functions of the step.
+# The whole state of a run. Noise and the order of clips are functions of seed and clip number.
 state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
 run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
@@ -111,8 +112,8 @@ Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight numbers")
 def prepare(numbers):
     """Draws clips `numbers` [b], noise levels and noise, all functions of seed and number -> Batch."""
     x0, cond = latents.take(numbers)                                            # b f c h w
-    i = (engine.uniforms(args.seed, numbers, 11, 1)[:, 0] * NUM_SIGMAS).long()
-    sigma_t = sigmas[i.to(device)]                                              # b
+    u = engine.uniforms(args.seed, numbers, stream=11, n=1)[:, 0].to(device)    # b
+    sigma_t = sigmas[(u * NUM_SIGMAS).long()]                                   # b
     noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)         # b f c h w
     x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
     x_real, x_target, weight = x0, x0, torch.ones_like(sigma_t)
@@ -120,28 +121,27 @@ def prepare(numbers):
     return Batch(x_t, sigma_t, cond, x_real, x_target, weight, numbers)
 
 
-def d_step(x_t, sigma_t, x_real, numbers, *cond):
+def d_step(batch):
     """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
-    cond = model.Cond(*cond)
     with torch.set_grad_enabled(one_forward):
-        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
-    logits_real = disc(x_real, cond, numbers)                                   # b k
-    logits_fake = disc(x0_pred.detach(), cond, numbers)                         # b k
+        x0_pred = consistency(net, batch.x_t, batch.sigma_t, batch.cond)        # b f c h w, Eq. 4
+    logits_real = disc(batch.x_real, batch.cond, batch.numbers)                 # b k
+    logits_fake = disc(x0_pred.detach(), batch.cond, batch.numbers)             # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 6
     (loss_d / parts).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
 
-def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
+def g_step(x0_pred, batch):
     """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
-    cond = model.Cond(*cond)
     if x0_pred is None:
-        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
-    loss_huber = pseudo_huber(x0_pred, x_target, args.huber_c, weight)          # d(x0_pred, x_target)
+        x0_pred = consistency(net, batch.x_t, batch.sigma_t, batch.cond)        # b f c h w, Eq. 4
+    loss_huber = pseudo_huber(x0_pred, batch.x_target, args.huber_c, batch.weight)      # d(x0_pred, x_target)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
-        loss_adv = hinge_g(disc(x0_pred, cond, numbers), args.linear_g)         # relu(1 - D(x0_pred))
+        logits_fake = disc(x0_pred, batch.cond, batch.numbers)                  # b k
+        loss_adv = hinge_g(logits_fake, args.linear_g)                          # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 7
     (loss_g / parts).backward()
     return loss_huber.detach(), loss_adv.detach()
@@ -170,18 +170,16 @@ while run.step < args.max_train_steps and not run.stopped:
     # ---- D step: learn to tell x_real from x0_pred
     x0_preds, norm_d, finite_d = [None] * parts, torch.zeros((), device=device), True
     if args.adv_weight:
-        power_iteration()
+        power_iteration()                                       # leaves disc in eval mode
         for i, batch in enumerate(batches):
-            x0_preds[i], loss_d, real, fake = d_steps[i](
-                batch.x_t, batch.sigma_t, batch.x_real, batch.numbers, *batch.cond)
+            x0_preds[i], loss_d, real, fake = d_steps[i](batch)
             run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     # ---- G step: x0_pred comes closer to x_target and looks more real
     disc.requires_grad_(False)
     for i, batch in enumerate(batches):
-        loss_huber, loss_adv = g_steps[i](
-            x0_preds[i], batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
+        loss_huber, loss_adv = g_steps[i](x0_preds[i], batch)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
         theta.grads_to_masters()
     disc.requires_grad_(True)

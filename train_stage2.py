@@ -1,8 +1,8 @@
-"""Stage 2: adversarial consistency latent distillation. The student jumps to the end of the teacher's ODE.
+r"""Stage 2: adversarial consistency latent distillation. The student jumps to the end of the teacher's ODE.
 OSV (arXiv 2409.11367), Eqs. 8 to 10.
 
     $ python train_stage2.py                                    # after train_stage1.py; toy world
-    $ python train_stage2.py --stage1 none --adv_weight 0 --num_solver_steps 1 --train all \\
+    $ python train_stage2.py --stage1 none --adv_weight 0 --num_solver_steps 1 --train all \
           --output_dir out/lcm                                      # AnimateLCM
     $ python train_stage2.py --preset one_gpu --data OpenVid-1M.csv --dry_run       # hours, memory, disk
 
@@ -11,8 +11,9 @@ into which engine.use_weights puts the few weights that differ. Real is f_theta^
 takes m guided Euler steps from x_t to x_s. Fake is f_theta(x_t, sigma_t).
 
 Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
-disc.safetensors, from which stage 2 can start, and merged/, a UNet folder for `sampler.py --student`. The
-same command again resumes. `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
+disc.safetensors, which --stage1 of train_stage2.py reads, merged/, a UNet folder for `sampler.py --student`,
+and if only LoRA trains, the LoRA for other tools. The same command again resumes.
+`diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
 from functools import partial
@@ -40,8 +41,8 @@ PRESETS = {
     "toy": dict(batch_size=64, num_clips=20000, max_train_steps=2100, learning_rate=2e-4, lr_d=1e-3,
                 warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
                 real="data", guidance=[1.0] * 4, validation_steps=300, checkpointing_steps=300, log_steps=50),
-    # The paper's setting: SVD on 2 GPUs, with your own --data. docs/decisions.md says what stands here where
-    # the paper is silent.
+    # The paper's setting in version 1: SVD on 2 GPUs, with your own --data. docs/decisions.md explains the
+    # values that the paper does not give.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
                   width=576, height=320, batch_size=2, max_train_steps=20000, learning_rate=5e-6, lr_d=1e-5,
                   warmup_steps=100, lora_rank=64, gradient_checkpointing=True, cuda_graph=True,
@@ -68,7 +69,7 @@ flag("--ema_decay", default=0.95, help="decay of theta^-; 0: theta^- is the stud
 args, world, stop = engine.start_training(parser, PRESETS)
 checkpoint.refuse_overwriting([args.output_dir], [args.stage1])
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # in each step
+clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps
 micro_batch = clips_per_rank // parts                               # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
 # micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
@@ -91,13 +92,13 @@ if "lora" in args.train:
     lora.add_lora(unet, args.lora_rank, targets=lora.LORA_CONVS if args.lora_convs else lora.LORA_TARGETS)
 net = fast(unet).to(dtype)
 theta = engine.MasterWeights(net, engine.trained_names(net, args.train))
-teacher_weights = {name: p.detach().clone() for name, p in theta.net_weights.items()}
+teacher_weights = {name: p.detach().clone() for name, p in theta.net_weights.items()}       # LoRA in it is 0
 
 disc = fast(Discriminator(features, args.heads)).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
-psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # power iteration of spectral norm
+psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # singular vectors of spectral norm
 
-if world.rank == 0:                                                 # draws the teacher now, the student later
+if world.rank == 0:                                                 # net is still the teacher: drawn here
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 
@@ -110,7 +111,7 @@ ema = {name: p.clone() for name, p in theta.tensors().items()}      # theta^- in
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
-# The whole state of a run. Noise and the order of clips need none: they are functions of the step.
+# The whole state of a run. Noise and the order of clips are functions of seed and clip number.
 state = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers}
 run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
@@ -128,9 +129,9 @@ Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight numbers")
 
 
 @torch.no_grad()
-def distil(x_t, grid, guidance, *cond):
-    """x_target: the teacher solves from x_t to x_s, then theta^- maps x_s to the clean latent."""
-    cond = model.Cond(*cond)
+def make_target(x_t, grid, guidance, cond):
+    """x_target: the teacher solves from x_t to x_s, then theta^- maps x_s to the clean latent. Where sigma_s
+    is 0, this is x_s itself."""
     with engine.use_weights(theta.net_weights, teacher_weights), lora.without_lora(net):
         x_s = solve(net, x_t, grid, cond, guidance)                             # b f c h w, Eq. 8
     with engine.use_weights(theta.net_weights, ema_weights):
@@ -141,46 +142,45 @@ def distil(x_t, grid, guidance, *cond):
 def prepare(numbers):
     """Draws clips `numbers` [b], noise levels and noise, all functions of seed and number -> Batch."""
     x0, cond = latents.take(numbers)                                            # b f c h w
-    i, low, high = engine.uniforms(args.seed, numbers, 11, 3).to(device).T      # b each
+    u, v_first, v_last = engine.uniforms(args.seed, numbers, stream=11, n=3).to(device).T       # b each
     steps = torch.arange(args.num_solver_steps + 1, device=device)[:, None]     # m+1 1
-    grid = sigmas[((i * NUM_SIGMAS).long() + steps).clamp(max=NUM_SIGMAS)]      # m+1 b
+    grid = sigmas[((u * NUM_SIGMAS).long() + steps).clamp(max=NUM_SIGMAS)]      # m+1 b, padded with 0
     sigma_t, sigma_s = grid[0], grid[-1]                                        # b each
     noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)         # b f c h w
     x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
     a, b, c, d = args.guidance
-    low, high = (a + (b - a) * low)[:, None], (c + (d - c) * high)[:, None]     # b 1 each
+    w_first, w_last = (a + (b - a) * v_first)[:, None], (c + (d - c) * v_last)[:, None]         # b 1 each
     ramp = torch.linspace(0, 1, x0.shape[1], device=device)                     # f
-    guidance = (low + (high - low) * ramp)[:, :, None, None, None]              # b f 1 1 1
-    # clone: a recorded distil overwrites what it returned for the micro-batch before
-    x_target = distil(x_t, grid, None if max(args.guidance) == 1 else guidance, *cond).clone()
+    guidance = (w_first + (w_last - w_first) * ramp)[:, :, None, None, None]    # b f 1 1 1
+    # clone: a recorded make_target overwrites what it returned for the micro-batch before
+    x_target = make_target(x_t, grid, None if set(args.guidance) == {1} else guidance, cond).clone()
     x_real = x0 if args.real == "data" else x_target
     weight = consistency_weight(sigma_t, sigma_s, args.weight_exponent)         # b, lambda(t_n) of Eq. 10
     numbers = numbers.to(device) if args.discriminator == "unet" else None
     return Batch(x_t, sigma_t, cond, x_real, x_target, weight, numbers)
 
 
-def d_step(x_t, sigma_t, x_real, numbers, *cond):
+def d_step(batch):
     """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
-    cond = model.Cond(*cond)
     with torch.set_grad_enabled(one_forward):
-        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
-    logits_real = disc(x_real, cond, numbers)                                   # b k
-    logits_fake = disc(x0_pred.detach(), cond, numbers)                         # b k
+        x0_pred = consistency(net, batch.x_t, batch.sigma_t, batch.cond)        # b f c h w, Eq. 4
+    logits_real = disc(batch.x_real, batch.cond, batch.numbers)                 # b k
+    logits_fake = disc(x0_pred.detach(), batch.cond, batch.numbers)             # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 9
     (loss_d / parts).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
 
-def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
+def g_step(x0_pred, batch):
     """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
-    cond = model.Cond(*cond)
     if x0_pred is None:
-        x0_pred = consistency(net, x_t, sigma_t, cond)                          # b f c h w, Eq. 4
-    loss_huber = pseudo_huber(x0_pred, x_target, args.huber_c, weight)          # d(x0_pred, x_target)
+        x0_pred = consistency(net, batch.x_t, batch.sigma_t, batch.cond)        # b f c h w, Eq. 4
+    loss_huber = pseudo_huber(x0_pred, batch.x_target, args.huber_c, batch.weight)      # d(x0_pred, x_target)
     loss_adv = torch.zeros_like(loss_huber)
     if args.adv_weight:
-        loss_adv = hinge_g(disc(x0_pred, cond, numbers), args.linear_g)         # relu(1 - D(x0_pred))
+        logits_fake = disc(x0_pred, batch.cond, batch.numbers)                  # b k
+        loss_adv = hinge_g(logits_fake, args.linear_g)                          # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 10
     (loss_g / parts).backward()
     return loss_huber.detach(), loss_adv.detach()
@@ -191,7 +191,7 @@ def g_step(x0_pred, x_t, sigma_t, x_target, weight, numbers, *cond):
 d_steps, g_steps = [d_step] * parts, [g_step] * parts
 power_iteration = partial(engine.power_iteration, disc)
 if args.cuda_graph and device.type == "cuda":
-    distil = engine.cuda_graph(distil)
+    make_target = engine.cuda_graph(make_target)
     power_iteration = engine.cuda_graph(power_iteration)
     d_steps = engine.cuda_graphs(d_step, psi.values(), parts, shared=not one_forward)
     g_steps = engine.cuda_graphs(g_step, theta.net_weights.values(), parts, shared=not one_forward)
@@ -210,18 +210,16 @@ while run.step < args.max_train_steps and not run.stopped:
     # ---- D step: learn to tell x_real from x0_pred
     x0_preds, norm_d, finite_d = [None] * parts, torch.zeros((), device=device), True
     if args.adv_weight:
-        power_iteration()
+        power_iteration()                                       # leaves disc in eval mode
         for i, batch in enumerate(batches):
-            x0_preds[i], loss_d, real, fake = d_steps[i](
-                batch.x_t, batch.sigma_t, batch.x_real, batch.numbers, *batch.cond)
+            x0_preds[i], loss_d, real, fake = d_steps[i](batch)
             run.log.add(loss_d=loss_d, logits_real=real, logits_fake=fake)
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     # ---- G step: x0_pred comes closer to x_target and looks more real
     disc.requires_grad_(False)
     for i, batch in enumerate(batches):
-        loss_huber, loss_adv = g_steps[i](
-            x0_preds[i], batch.x_t, batch.sigma_t, batch.x_target, batch.weight, batch.numbers, *batch.cond)
+        loss_huber, loss_adv = g_steps[i](x0_preds[i], batch)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
         theta.grads_to_masters()
     disc.requires_grad_(True)

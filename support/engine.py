@@ -46,7 +46,7 @@ from support.checkpoint import ASSETS, ModelError, write_safetensors
 # Processes
 
 
-# One process of `size`. restarted: torchrun started the run again after a crash.
+# This process: its rank of `size` and its device. restarted: torchrun started the run again after a crash.
 World = namedtuple("World", "rank size device restarted", defaults=[False])
 
 
@@ -120,7 +120,7 @@ def leave(status):
 
 
 def fail(message, status=2):
-    """Ends the program with one line on stderr and exit status 2. The line is a single write, because
+    """Ends the program with one line on stderr and exit status `status`. The line is a single write, because
     several processes may fail at the same time."""
     sys.stderr.write(" ".join([f"{Path(sys.argv[0]).name}:", *message.split()]) + "\n")
     leave(status)
@@ -249,11 +249,11 @@ def training_flags(description, presets):
     clip_flags(flag)
     flag("--num_clips", help="toy clips to train on")
     flag("--overfit", metavar="N", help="train on the first N clips only, as a test of the setup; the "
-         "sheets show these clips")
+         "sheets show four of them")
     flag("--learning_rate", help="learning rate of the student")
     flag("--lr_d", help="learning rate of the discriminator")
     flag("--warmup_steps", help="steps of linear warm-up of both learning rates")
-    flag("--lr_scheduler", choices=("constant", "cosine"), default="constant", help="after the warm-up")
+    flag("--lr_scheduler", choices=("constant", "cosine"), default="constant", help="besides the warm-up")
     flag("--max_grad_norm", default=1.0, help="gradients are clipped to this norm")
     flag("--lora_rank", help="rank of the student's LoRA")
     flag("--lora_convs", action=on_off, default=False, help="LoRA on convolutions and projections too")
@@ -267,10 +267,10 @@ def training_flags(description, presets):
     flag("--cuda_graph", action=on_off, default=False, help="record the steps on a GPU and replay them")
     flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
     flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if cuda else "no", help="no means fp32")
-    flag("--device", help="cuda or cpu (default: cuda if available)")
+    flag("--device", help="cuda, mps or cpu (default: the first of these that is available)")
     flag("--log_steps", help="steps between log lines")
     flag("--validation_steps", help="steps between sample sheets")
-    flag("--validation_teacher_steps", default=25, help="teacher's solver steps on the sheets")
+    flag("--validation_teacher_steps", default=25, help="teacher's solver steps on the sheets, with guidance")
     flag("--checkpointing_steps", help="steps between checkpoints")
     flag("--checkpoints_total_limit", default=2, help="number of checkpoints to keep")
     flag("--resume_from_checkpoint", default="latest", help="latest, the path of one, or none to start over")
@@ -319,15 +319,15 @@ def normal(seed, numbers, stream, shape, device):
     return torch.stack([torch.randn(shape, generator=generator.manual_seed(s), device=device) for s in seeds])
 
 
-def uniforms(seed: int, indices: torch.Tensor, stream: int, n: int) -> torch.Tensor:
-    """Uniform numbers [b n] in [0, 1): a hash of (seed, stream, index, column), in wrapping int64."""
+def uniforms(seed: int, numbers: torch.Tensor, stream: int, n: int) -> torch.Tensor:
+    """Uniform numbers [b n] in [0, 1): a hash of (seed, stream, number, column), in wrapping int64."""
     def mix(x):                                                  # SplitMix64's finaliser (Steele et al. 2014)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor     # >> copies the sign bit: mask it away
         return x ^ (x >> 31 & (1 << 33) - 1)
-    x = mix(mix(torch.full_like(indices, seed) + 1) + stream + 1)       # b
-    x = mix(x ^ mix(indices + 0x632BE59BD9B4E019))                      # b
-    x = mix(x[:, None] + mix(torch.arange(1, n + 1, device=indices.device)))            # b n
+    x = mix(mix(torch.full_like(numbers, seed) + 1) + stream + 1)       # b
+    x = mix(x ^ mix(numbers + 0x632BE59BD9B4E019))                      # b
+    x = mix(x[:, None] + mix(torch.arange(1, n + 1, device=numbers.device)))            # b n
     return (x >> 40 & (1 << 24) - 1).float() / 2**24                   # 24 bits are exact in fp32, so never 1
 
 
@@ -379,9 +379,9 @@ def trained_names(net, train):
 
 @contextmanager
 def use_weights(net_weights, tensors):
-    """Runs a network with other weights: inside, each parameter in `net_weights` has the data of the tensor
-    with its name. Nothing is copied, so student, teacher and EMA are one network in memory. Not for autograd:
-    a backward pass would see the student's weights again."""
+    """Runs a network with other weights: inside, `tensors` replace the data of the parameters of the same
+    names in `net_weights`. Nothing is copied, so student, teacher and EMA are one network in memory. Not for
+    autograd: a backward pass would see the student's weights again."""
     own = {name: p.data for name, p in net_weights.items()}
     try:
         for name, p in net_weights.items():
@@ -401,7 +401,7 @@ def update_ema(ema, weights, decay):
 @torch.no_grad()
 def power_iteration(disc):
     """Does one power iteration of each spectral norm in the discriminator, and leaves it in eval mode, where
-    there are none. So a step has one, however many micro-batches and recordings it has."""
+    there are none. So a training step has exactly one, with any number of micro-batches."""
     disc.train()
     for weight in disc.modules():
         if isinstance(weight, ParametrizationList):
@@ -430,8 +430,8 @@ def finite_step(optimizer, parameters, max_norm):
 
 
 def set_learning_rate(optimizer, lr, step, warmup_steps, decay_steps=None):
-    """Sets the learning rate of a step: linear warm-up, then constant, or with `decay_steps` half a cosine
-    that reaches 0 there."""
+    """Sets the learning rate of a step: linear warm-up, then constant; with `decay_steps` times half a
+    cosine, which begins at step 0 and reaches 0 there."""
     factor = min(1.0, (step + 1) / max(1, warmup_steps))
     if decay_steps:
         factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
@@ -454,9 +454,9 @@ def graph_memory():
 
 
 def start_gradients(parameters, buffers):
-    """Before the first micro-batch of a step, when .grad is None, makes zeroed `buffers` the gradients of
-    `parameters`. Later micro-batches add to them. A CUDA graph writes to fixed addresses, so each step uses
-    the same buffers: the first call puts them into the list `buffers`, which is empty then."""
+    """If .grad is None, in the first micro-batch of a step, sets it to zeroed `buffers`, one for each of
+    `parameters`. A CUDA graph writes to fixed addresses, so each step uses the same buffers, which the first
+    call puts into that list."""
     if parameters and parameters[0].grad is None:
         if not buffers:
             buffers.extend(torch.empty_like(p) for p in parameters)
@@ -465,18 +465,29 @@ def start_gradients(parameters, buffers):
             p.grad = buffer
 
 
+def leaves(x):
+    """The tensors and Nones of nested tuples, as a list."""
+    return [leaf for part in x for leaf in leaves(part)] if isinstance(x, tuple) else [x]
+
+
+def with_leaves(x, new):
+    """A named tuple like x, with the next one of the iterator `new` in place of each leaf."""
+    return type(x)(*(with_leaves(part, new) for part in x)) if isinstance(x, tuple) else next(new)
+
+
 def cuda_graph(function, parameters=()):
     """A function that does the GPU work of `function` as one CUDA graph.
 
     Calls 1 to 3 run normally, call 4 is recorded, later calls only replay the GPU work, one launch instead of
     thousands: Python side effects stop after call 4. For small networks, launch overhead limits the speed.
 
-    function takes tensors (the same shapes in each call) or None, and returns tensors that its next call
-    overwrites. parameters get gradients in it: where .grad is None before a call, the gradients of this call,
-    otherwise the sum of both. Among several graphs with the same parameters, the same one must come first in
-    each step. All graphs of a process share one memory pool, so they must be called in the same order in each
-    step. A tensor with gradient history, which one graph returns and another takes, must be the same tensor
-    in each call; so with accumulation each micro-batch needs a pair of graphs for itself.
+    function takes tensors of fixed shapes, None, or named tuples of these, and returns tensors that its next
+    call overwrites. parameters: a call sets their gradients if .grad is None before it, and adds to them
+    otherwise.
+
+    Three rules. Of several graphs with the same parameters, the same one comes first in each step. All graphs
+    are called in the same order in each step, because they share memory. A tensor with gradient history that
+    one graph hands to another is the same tensor in each call, so each micro-batch needs its own two graphs.
     """
     stream, pool, _ = graph_memory()
     stream.wait_stream(torch.cuda.current_stream())
@@ -484,16 +495,18 @@ def cuda_graph(function, parameters=()):
     graph, parameters, buffers, calls = torch.cuda.CUDAGraph(), list(parameters), [], 0
     inputs, outputs = [], None
 
-    def run(*tensors):
+    def run(*arguments):
         nonlocal inputs, outputs, calls
         calls += 1
         start_gradients(parameters, buffers)
         if calls < 4:                           # the first calls compile kernels and choose algorithms
-            return function(*tensors)
+            return function(*arguments)
+        tensors = leaves(arguments)
         if calls == 4:
             inputs = [t if t is None or t.requires_grad else t.clone() for t in tensors]
             with torch.cuda.graph(graph, pool, stream, "thread_local"):
-                outputs = function(*inputs)
+                new = iter(inputs)
+                outputs = function(*(with_leaves(x, new) for x in arguments))
         else:           # not at call 4, where autograd would report that a saved input has changed in place
             for own, given in zip(inputs, tensors):
                 if own is not given:
@@ -520,8 +533,8 @@ class Run:
 
     groups, optimizers: the state of the run, see checkpoint.collect; all else is a function of the step.
     stop: from start_training. save_sheet(folder, step) draws a sample sheet and returns the PSNR of one step,
-    which the log has with --overfit; only rank 0 calls it. `stopped` becomes True after SIGTERM, when the
-    checkpoint is written.
+    which the log has with --overfit; only rank 0 calls it. `stopped` becomes True in the first step
+    that ends after SIGTERM; it is saved.
     """
 
     def __init__(self, args, world, stop, groups, optimizers, save_sheet):
@@ -556,8 +569,8 @@ class Run:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.skipped += not finite
         if self.bad_steps == 5:
-            fail(f"gradients were not finite for 5 steps, until step {self.step}; start over (--resume_from_"
-                 "checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
+            fail(f"gradients were not finite for 5 steps, until step {self.step}; start over "
+                 "(--resume_from_checkpoint none) with a lower --learning_rate, or with --mixed_precision no")
         self.log.add(**norms)
         if rank == 0 and self.step % args.validation_steps == 0:
             psnr = self.save_sheet(args.output_dir, self.step)
@@ -608,7 +621,7 @@ class Log:
     def __init__(self, args, world, step):
         self.args, self.world, self.step, self.first, self.report = args, world, step, step, None
         self.totals = {}                                                # {name: (sum, number of values)}
-        self.start = self.clock = time.perf_counter()                   # of the process, of the interval
+        self.start = self.clock = time.perf_counter()                   # of the process and of the interval
         self.waited = WAITED[0]
         if world.rank == 0 and args.report_to == "tensorboard":
             with suppress(ImportError):

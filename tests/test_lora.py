@@ -1,5 +1,6 @@
 """lora.py: updates that train, switch off, merge, save and load; the same files in diffusers and PEFT."""
 import copy
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_model import diffusers_unet, same_weights, unet_inputs
 from torch import nn
 
+import evaluate
 import lora
 import model
+import sampler
 from support.checkpoint import ModelError
 
 CONFIG = unet_config((32, 64))
@@ -306,6 +309,24 @@ def test_student_is_a_unet_or_a_lora(tmp_path):
         assert same_weights(lora.load_student(path, copy.deepcopy(plain)), merged)
     student = lora.load_student(tmp_path / "unet", copy.deepcopy(plain).bfloat16())
     assert same_weights(student, copy.deepcopy(merged).bfloat16())
+
+
+def test_a_small_lora_survives_in_bf16(pipeline_folder, tmp_path):
+    """sampler.py and evaluate.py merge a LoRA in fp32 and convert the sum: the weights are those of merged/.
+    Converted first, weights would lose an update that is smaller than their rounding."""
+    net = lora.add_lora(model.load_unet(pipeline_folder), 4)
+    for layer in lora.lora_layers(net).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=1e-4)
+    lora.save_lora(net, tmp_path)
+    expected = lora.merge_lora(net).bfloat16()
+    args = sampler.parse_args(["--image", "in.png", "--model", str(pipeline_folder), "--student",
+                               str(tmp_path), "--plain"])
+    assert same_weights(sampler.load_networks(args, torch.bfloat16)[0], expected)
+    report = SimpleNamespace(args=args, device=SimpleNamespace(type="cuda"))
+    loader = lambda path, dtype, device: model.load_unet(path, dtype=dtype)
+    assert same_weights(evaluate.Report.load(report, loader, tmp_path), expected)
+    lossy = lora.load_student(tmp_path, model.load_unet(pipeline_folder, dtype=torch.bfloat16))
+    assert not same_weights(lossy, expected)
 
 
 def test_student_folder_is_read_in_its_pipelines_variant_if_it_has_it(tmp_path):

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -777,7 +778,7 @@ def test_help_shows_the_defaults_of_the_preset(train, stage):
             for preset in ("toy_cpu", "toy")}
     for preset, clips, steps in (("toy_cpu", 64, 8), ("toy", 60000 - 20000 * stage, 25)):
         assert f"to train on (default: {clips})" in said[preset], said[preset]
-        assert f"steps on the sheets (default: {steps})" in said[preset]
+        assert f"on the sheets, with guidance (default: {steps})" in said[preset]
 
 
 @BOTH
@@ -1040,6 +1041,10 @@ class Tape:
                 Tape.newest[id(own)] = new
 
 
+Nested = namedtuple("Nested", "nothing twice")
+Batch = namedtuple("Batch", "x nested")
+
+
 def fake_graphs(patch, parameters):
     """Replaces CUDA graphs by tapes -> the recorder to use in place of engine.cuda_graph. parameters: all
     that may have gradients."""
@@ -1075,8 +1080,9 @@ def fake_graphs(patch, parameters):
 @pytest.mark.parametrize("parts, keep", [(1, True), (3, True), (3, False), (8, False)])
 def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, parts, keep):
     """Two networks as in the scripts: gradients of several micro-batches add up in place. keep: one forward
-    pass serves both steps, and each micro-batch has graphs of its own. Only the network that a step trains
-    has gradients. Activations are checkpointed as in the UNet. On a CPU, tapes stand for the graphs."""
+    pass serves both steps, and each micro-batch has graphs of its own. A micro-batch is a named tuple with
+    another one inside. Only the network that a step trains has gradients. Activations are checkpointed as in
+    the UNet. On a CPU, tapes stand for the graphs."""
     def play(recorded):
         torch.manual_seed(0)
         net, disc = torch.nn.Linear(4, 4).to(device), torch.nn.Linear(4, 1).to(device)
@@ -1088,7 +1094,9 @@ def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, pa
             return torch_checkpoint.checkpoint(net, x.detach().requires_grad_(), use_reentrant=True,
                                                preserve_rng_state=False)
 
-        def d_step(x, nothing):
+        def d_step(batch):
+            x, nothing = batch.x, batch.nested.nothing
+            assert nothing is None and torch.equal(batch.nested.twice, 2 * x)
             calls.append("d")
             with torch.set_grad_enabled(keep):
                 y = forward(x)
@@ -1096,7 +1104,8 @@ def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, pa
             loss.backward()
             return y if keep else None, loss.detach()
 
-        def g_step(y, x):
+        def g_step(y, batch):
+            x = batch.x
             calls.append("g")
             loss = (disc(forward(x) if y is None else y) - x).square().mean() / parts
             loss.backward()
@@ -1114,10 +1123,11 @@ def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, pa
             for mover, other in ((disc, net), (net, disc)):
                 disc.requires_grad_(mover is disc)
                 for i, x in enumerate(batches):
+                    batch = Batch(x, Nested(None, 2 * x))
                     if mover is disc:
-                        ys[i], loss = d_steps[i](x, None)
+                        ys[i], loss = d_steps[i](batch)
                     else:
-                        _, loss = g_steps[i](ys[i], x)
+                        _, loss = g_steps[i](ys[i], batch)
                     seen.append(loss.item())
                 assert all(p.grad is None for p in other.parameters())
                 places.append(tuple(p.grad.data_ptr() for p in mover.parameters()))

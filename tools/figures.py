@@ -8,6 +8,7 @@ has them. It also checks that nothing overlaps and that the pictures in docs/ ar
 
 A length of 1 is 100 pixels; the origin is at the lower left.
 """
+import ast
 import math
 import re
 from types import SimpleNamespace
@@ -100,7 +101,7 @@ def stage(sheet, number, y, equations, real, weight=""):
     weight: of the distance. Returns the boxes of x0, x_t, the student and x_target.
     """
     box, arrow, high, middle, file = sheet.box, sheet.arrow, y + 2.9, y + 1.5, f"train_stage{number}.py"
-    title = (ROOT / file).read_text().strip('"').partition(".")[0]              # first sentence of the file
+    title = ast.get_docstring(ast.parse((ROOT / file).read_text())).partition(".")[0]      # first sentence
     sheet.panel(y - 1, y + 4.2, f"{title} ({file})")
     x0 = box(0.9, high, 1.2, 0.9, "`x0`\nb f c h w", "data")
     x_t = box(4.3, high, 0.8, 0.7, "`x_t`", "data")
@@ -166,7 +167,8 @@ def method():
         head = box(13.9, y, 3, 1, f"*{kind.__name__}\none {view}", "disc")
         arrow(backbone.right, (11.85, 2.95), (11.85, y), head.left, gradient=True)
         arrow(head.right, (15.85, y), (15.85, 2.95), logits.left, gradient=True)
-    write(0.4, 1.85, "Two heads per depth. A spatial head sees no motion, a temporal head sees no shape.")
+    write(0.4, 1.85, "Two heads per depth. A spatial head sees no motion. A temporal head does not see how "
+          "places fit together.")
 
     sheet.legend(1, data="data and noise", student="student θ", ema="EMA of the student θ⁻",
                  teacher="teacher φ, frozen", disc="discriminator ψ", frozen="other frozen weights")
