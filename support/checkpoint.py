@@ -304,8 +304,9 @@ def check_writable(*paths):
     """Raises OSError if one of the files `paths` could not be written. For the start of a script, so that
     hours of work are not lost at its end. A path that is None is ignored."""
     for path in filter(None, paths):
-        if path.is_dir():
-            raise OSError(f"{path}: cannot be written (it is a folder)")
+        if path.exists() and not path.is_file():
+            what = "folder" if path.is_dir() else "device or a pipe"
+            raise OSError(f"{path}: cannot be written (it is a {what})")
         part = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -411,7 +412,7 @@ def load_checkpoint(folder, which, config, restore=lambda tensors: None, restart
     restore(tensors) takes its tensors, or raises ModelError if they do not fit; such a checkpoint, and one
     with a damaged file, is incomplete: "latest" skips it with a warning. restarted: torchrun restarted the
     run after a crash, and it continues from its own newest checkpoint, whatever `which` says. Raises
-    ModelError if the checkpoint at path `which` is incomplete, or if one was made with another configuration.
+    ModelError if all checkpoints, or that at path `which`, are incomplete, or one has another configuration.
     Raises OSError if a file cannot be read: its checkpoint may be intact, and a run that skipped it would
     delete it."""
     search = (which == "latest" or restarted) and folder.exists()
@@ -436,6 +437,8 @@ def load_checkpoint(folder, which, config, restore=lambda tensors: None, restart
         else:
             raise ModelError(f"{path} belongs to a run with other settings: {differ}. "
                              "Repeat them, or choose another --output_dir")
+    if candidates:                              # a run from step 0 would delete them
+        raise ModelError(f"{folder}: none of its checkpoints can be used; delete them to start over")
     return 0
 
 
@@ -449,8 +452,8 @@ def load_stage1(folder, groups):
             raise ModelError(f"{file}: missing or empty; run train_stage1.py first, or give --stage1 none")
         for name, tensor in tensors.items():
             if name not in group or group[name].shape != tensor.shape:
-                raise ModelError(f"{file}: {name} does not fit; --lora_rank, --discriminator and --heads "
-                                 "must be those of stage 1, and --train must include what trained there")
+                raise ModelError(f"{file}: {name} does not fit; --lora_rank, --lora_convs, --discriminator "
+                                 "and --heads must be those of stage 1, and --train must include its --train")
             group[name].data.copy_(tensor)
 
 

@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch.nn.utils.parametrize import ParametrizationList
 
 import model
-from lora import load_lora, merge_lora, save_lora
+from lora import LORA_FILE, load_lora, merge_lora, save_lora
 from support import checkpoint
 from support.checkpoint import ASSETS, ModelError, write_safetensors
 
@@ -133,7 +133,8 @@ def report_error(memory_hint, kind, error, trace):
     code and keeps its traceback. memory_hint: what to try if memory runs out."""
     if isinstance(error, (ModelError, OSError)):
         fail(str(error))
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+            "DefaultCPUAllocator|bad_alloc", str(error)):
         fail(f"out of memory; {memory_hint}")
     if isinstance(error, KeyboardInterrupt):
         fail("interrupted", status=130)
@@ -545,13 +546,15 @@ class Run:
         self.step = checkpoint.load_checkpoint(
             args.output_dir, args.resume_from_checkpoint, self.config,
             partial(checkpoint.restore, self.groups, optimizers), world.restarted)
-        if world.rank == 0 and not args.dry_run:
-            checkpoint.rewind(args.output_dir, self.step)
+        if self.step > args.max_train_steps:
+            fail(f"{args.output_dir} has {self.step} steps, --max_train_steps is {args.max_train_steps}")
         # All ranks draw the initial weights from the same seed. The average of equal numbers is that number.
         size = torch.stack([p.detach().norm() for group in groups.values() for p in group.values()]).sum()
         if any_rank((average(size.clone()) - size).abs() > 1e-6 * size, world.device):
             fail("the ranks drew different initial weights; their versions of torch or devices differ")
         self.log = Log(args, world, self.step)
+        if world.rank == 0 and not args.dry_run:
+            checkpoint.rewind(args.output_dir, self.step)               # last, when nothing can fail any more
 
     def announce(self, net, masters, psi):
         """Prints how many parameters train, and the first step. psi: the parameters of the discriminator."""
@@ -594,6 +597,7 @@ def publish(folder, path, theta, disc_tensors, lora):
     masters are merged in fp32 into the UNet at `path`: in bf16 the sum would lose most of a small update."""
     write_safetensors(folder / "student.safetensors", theta.tensors())
     write_safetensors(folder / "disc.safetensors", disc_tensors)
+    (folder / LORA_FILE).unlink(missing_ok=True)            # of an earlier run with other --train
     unet = load_lora(model.load_unet(path), folder / "student.safetensors")
     if lora:
         save_lora(unet, folder)
@@ -630,12 +634,13 @@ class Log:
                 self.report = lambda values, step: (
                     [board.add_scalar(*value, step) for value in values.items()], board.flush())
         elif world.rank == 0 and args.report_to == "wandb":
+            folder = str(args.output_dir)
             try:
                 import wandb
-            except ImportError as error:
-                raise ModelError("--report_to wandb: it is not installed; run `pip install wandb`") from error
-            folder = str(args.output_dir)
-            self.report = wandb.init(project="osv", group=folder, dir=folder, config=vars(args)).log
+                self.report = wandb.init(project="osv", group=folder, dir=folder, config=vars(args)).log
+            except Exception as error:                          # not installed, not logged in, offline
+                raise ModelError(f"--report_to wandb: {error}; run `pip install wandb` and `wandb login`, "
+                                 "or leave the flag out") from error
 
     def add(self, **values):
         """Sums up scalar tensors of a step or micro-batch, at once, because a CUDA graph overwrites them."""
@@ -660,8 +665,9 @@ class Log:
         values["memory_gb"] = peak_memory(self.world.device)
         # From the mean of all steps of this process: sample sheets and checkpoints count.
         left = (now - self.start) / (step - self.first) * (self.args.max_train_steps - step)
-        print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()),
-              f" left {timedelta(seconds=round(left))}", flush=True)
+        with suppress(OSError):                     # a closed pipe or a full disk does not end the training
+            print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()),
+                  f" left {timedelta(seconds=round(left))}", flush=True)
         values["seconds_left"] = left
         with open(self.args.output_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -3,6 +3,7 @@ run at a time; damaged ones are named in one line."""
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -164,6 +165,14 @@ def test_what_cannot_be_written_is_found_first(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["file", "new"]
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "link.json"):
+        with pytest.raises(OSError, match=f"{path}: cannot be written .it is a device or a pipe"):
+            check_writable(path)
+
+
 def test_leftovers_of_killed_writers_are_cleared(tmp_path):
     for name in (".a.json.part", ".tmpAb3xYz", "a.json", ".tmp", "b.part"):
         (tmp_path / name).write_text("x")
@@ -223,3 +232,7 @@ def test_tensors_that_do_not_fit_make_a_checkpoint_incomplete(tmp_path, change, 
         checkpoint.load_checkpoint(tmp_path, str(tmp_path / "checkpoint-0000006"), {}, restore=restore)
     with pytest.raises(ModelError, match="rank was None, is 8"):        # whose tensors have other shapes
         checkpoint.load_checkpoint(tmp_path, "latest", {"rank": 8}, restore=restore)
+    shutil.rmtree(tmp_path / "checkpoint-0000003")                  # a run from step 0 would delete the rest
+    with pytest.raises(ModelError, match="none of its checkpoints can be used"):
+        checkpoint.load_checkpoint(tmp_path, "latest", {}, restore=restore)
+    assert checkpoint.load_checkpoint(tmp_path, "none", {}, restore=restore) == 0

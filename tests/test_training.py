@@ -506,6 +506,19 @@ def test_incomplete_checkpoint_is_skipped(train, whole, tmp_path):
     assert run.status == 0 and "from step 5" in run.stdout
     assert "checkpoint-0000010 is incomplete and skipped" in run.stderr
     assert_same_run(tmp_path, whole[1])
+    for changes, said in (("--max_train_steps 7", f"{tmp_path} has 10 steps, --max_train_steps is 7"),
+                          ("--resume_from_checkpoint none --report_to wandb", "run `pip install wandb`")):
+        run = train(1, changes, folder=tmp_path).wait()
+        assert run.status == 2 and said in run.stderr
+        assert_same_run(tmp_path, whole[1])                     # nothing was deleted
+
+
+def test_a_run_with_other_weights_leaves_no_lora_behind(train, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    run = train(1, "--train all --resume_from_checkpoint none --max_train_steps 1", folder=tmp_path).wait()
+    assert run.status == 0, run.stderr
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_checkpoints_that_cannot_be_read_now_are_kept(train, whole, tmp_path):
@@ -828,17 +841,26 @@ def test_log_lines(tmp_path, capsys):
         assert "logits_gap 2.5" in line and re.search(r" data_wait [01]\S* .* left 0:00:0\d$", line)
 
 
+def test_a_closed_terminal_does_not_end_the_training(tmp_path, monkeypatch):
+    closed = SimpleNamespace(write=lambda text: 1, flush=lambda: os.write(-1, b""))
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert len(log(tmp_path)) == 2
+
+
 def test_report_to_wandb(tmp_path, monkeypatch):
     """wandb is imported only when asked for. It gets the numbers of metrics.jsonl."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     log(tmp_path / ".")
-    with pytest.raises(checkpoint.ModelError, match="--report_to wandb: it is not installed"):
+    with pytest.raises(checkpoint.ModelError, match="--report_to wandb: .*wandb.*; run `pip install wandb`"):
         log(tmp_path, report_to="wandb")
     told, settings = [], {}
     (tmp_path / "metrics.jsonl").unlink()
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: settings.update(how) or (
         SimpleNamespace(log=lambda values, step: told.append({"step": step, **values})))))
     assert log(tmp_path, report_to="wandb") == told and len(told) == 2
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **how: 1 / 0)              # as without a login
+    with pytest.raises(checkpoint.ModelError, match="division by zero; run .* `wandb login`"):
+        log(tmp_path, report_to="wandb")
     assert settings["dir"] == str(tmp_path) and settings["config"]["max_train_steps"] == 10
 
 
