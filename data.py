@@ -13,7 +13,8 @@ noise are functions of (seed, number) only. So the position in the data is one i
 processes and after any resume. (In the toy world, the noise on the picture also depends on num_clips.)
 
 Videos are decoded in separate processes (support/decode.py). A file that crashes or hangs its decoder is
-added to a skip list, and training goes on with another file.
+added to a skip list, and training goes on with another file. A file that the system cannot read, for example
+because its disk is not mounted, is replaced without being added to the list.
 
     $ python data.py check VIDEOS --out good.jsonl              # lists the files that can be decoded
     $ python data.py preview VIDEOS --out sheet.png             # draws the clips that training will get
@@ -180,7 +181,8 @@ class Clips:
 
     Clip `number` comes from file `number % n` of the shuffled epoch `number // n`, so each file is used once
     per epoch. A bad file is replaced by a good one, which differs between the clips; its path and the reason
-    go into `skip_list` (JSONL). Files that are in that list at the start are not opened.
+    go into `skip_list` (JSONL). Files that are in that list at the start are not opened. A file that the
+    system cannot read is replaced too, but is not listed and is tried again for later clips.
 
     A training process reads `clips_per_rank` consecutive numbers out of every `batch_size`; these two numbers
     tell which clips to decode ahead.
@@ -188,14 +190,13 @@ class Clips:
 
     def __init__(self, files, seed, num_frames, width, height, *, fps=FPS, flip=False, workers=4,
                  clips_per_rank=1, batch_size=1, skip_list=None):
-        self.files, self.seed, self.flip = files, seed, flip
+        self.files, self.seed, self.flip, self.skip_list = files, seed, flip, skip_list
         self.clips_per_rank, self.batch_size = clips_per_rank, batch_size
         self.shape = {"num_frames": num_frames, "width": width, "height": height, "fps": fps}
-        self.num_ahead, self.pending = 2 * workers, {}                  # pending: {number: future clip}
+        self.num_ahead, self.pending, self.warned = 2 * workers, {}, False      # {number: future clip}
         # One decoder per thread. These are daemon threads: Ctrl-C does not wait for a decoder that hangs.
         self.threads, self.local = ThreadPool(workers), threading.local()
-        self.skip_list = skip_list and Path(skip_list)
-        rows = checkpoint.read_lines(self.skip_list, path=str, reason=str) if skip_list else []
+        rows = checkpoint.read_lines(skip_list, path=str, reason=str) if skip_list else []
         self.bad = {row["path"]: row for row in rows}                   # {path: facts}
 
     def ask_decoder(self, path, start):
@@ -229,8 +230,12 @@ class Clips:
                 break
             except ChildProcessError as error:
                 frames, facts = None, {"path": path, "reason": str(error)}
+        if "temporary" in facts:
+            if not self.warned:                         # one line, even if a whole disk is missing
+                self.warned = True
+                print(f"warning: {path}: {facts['reason']}: replaced, tried again later", file=sys.stderr)
         # setdefault: when two threads read the same bad file, one of them adds it to the list.
-        if "reason" in facts and self.bad.setdefault(path, facts) is facts and self.skip_list:
+        elif "reason" in facts and self.bad.setdefault(path, facts) is facts and self.skip_list:
             with open(self.skip_list, "a") as file:
                 file.write(json.dumps(facts) + "\n")
         return frames, facts
@@ -248,13 +253,13 @@ class Clips:
             frames, facts = self.read(path, start)
             if "reason" not in facts:
                 return frames.flip(2) if self.flip and mirror < 0.5 else frames, facts
+        listed = f"; delete {self.skip_list} to try those in it again" * bool(self.skip_list and self.bad)
         raise ModelError(f"none of {tries} videos is good. {path}: {facts['reason']}. `python data.py check` "
-                        "lists the good ones, and the reason for each of the others")
+                         f"lists the good ones, and the reason for each of the others{listed}")
 
     def take(self, numbers):
         """Clips `numbers` [b] -> frames uint8 [b f H W 3]. Starts to decode the clips that come next."""
-        wanted, ahead = numbers.tolist(), []
-        number = wanted[-1]
+        wanted, ahead, number = numbers.tolist(), [], numbers[-1].item()
         for _ in range(self.num_ahead):                 # skip the numbers of the other processes
             number += 1 if (number + 1) % self.clips_per_rank else 1 + self.batch_size - self.clips_per_rank
             ahead.append(number)

@@ -4,7 +4,8 @@
 
     stdin       requests: one JSON object per line, the arguments of read_clip
     stdout      for each request one line of JSON, then height * width * 3 bytes for each frame
-                {"path", "size", "fps", "seconds", "start"}, or {"path", "reason"} without frames
+                {"path", "size", "fps", "seconds", "start"}, or {"path", "reason"} without frames,
+                with "temporary" if the system could not read the file, whose content may be good
 
     read_clip   opens a file, seeks, decodes -> the frames of a clip
     on_display  chooses the frames that a player would show at the clip's times
@@ -142,6 +143,9 @@ def serve():
             frames, facts = read_clip(**request)
         except Exception as error:
             frames, facts = b"", {"reason": str(error) if isinstance(error, BadVideo) else repr(error)}
+            # FFmpeg reports some damaged files as EPERM (1). A file without permission is EACCES.
+            if isinstance(cause := error.__cause__ or error, OSError) and cause.errno != 1:
+                facts["temporary"] = True
         signal.alarm(0)
         facts = json.dumps({"path": request["path"], **facts})
         sys.stdout.buffer.write(facts.encode() + b"\n" + bytes(frames))

@@ -3,6 +3,8 @@
 A frame tells its number by its grey level, so that a test sees which frames a clip is made of.
 """
 import csv
+import errno
+import io
 import json
 import os
 import signal
@@ -560,8 +562,57 @@ def test_bad_files_are_replaced_and_noted_once(tmp_path, good_video, capfd):
     paths = [Path(clips.clip(number)[1]["path"]).name for number in range(2 * len(files))]
     assert set(paths[:len(files)]) == {"a.mp4", "b.mp4", "c.MP4", "d.mp4"}
     noted = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert sorted(Path(row["path"]).name for row in noted) == sorted(reasons)
+    assert sorted(Path(row["path"]).name for row in noted) == sorted(reasons.keys() - {"dangling.mp4"})
     assert all(reasons[Path(row["path"]).name] in row["reason"] for row in noted)
+
+
+def test_files_that_cannot_be_read_now_are_tried_again(tmp_path, good_video, capfd):
+    """An unmounted disk: no file is listed, one warning is printed, the files are used once it is back."""
+    known, disk = tmp_path / "skipped.jsonl", tmp_path / "disk"
+    files = [str(disk / name) for name in ("a.mp4", "b.mp4", "c.mp4")]
+    clips = data.Clips(files, 0, N, W, H, workers=1, skip_list=known)
+    with pytest.raises(ModelError, match="No such file or directory.*each of the others$"):
+        clips.clip(0)
+    disk.mkdir()
+    for file in files[:2]:
+        os.link(good_video, file)
+    Path(files[2]).symlink_to(tmp_path / "nothing")
+    used = [clips.clip(number)[1]["path"] for number in range(6)]
+    assert set(used) == set(files[:2]) and not known.exists()
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "tried again later" in error
+    Path(files[2]).unlink()
+    os.link(good_video, files[2])
+    assert set(clips.clip(number)[1]["path"] for number in range(6, 9)) == set(files)
+
+
+@pytest.mark.parametrize("code, temporary", [
+    (errno.EIO, True), (errno.EACCES, True), (errno.EMFILE, True), (errno.ESTALE, True),
+    (errno.EPERM, False),                                           # FFmpeg says so of damaged ASF and GIF
+    (errno.EINVAL, False), (av.error.InvalidDataError, False)])
+def test_errors_of_the_system_are_temporary(monkeypatch, code, temporary):
+    def fails(*arguments, **options):
+        if isinstance(code, int):
+            av.error.err_check(-code)
+        raise code(-1, "damaged")
+    answer = io.BytesIO()
+    monkeypatch.setattr(decode.av, "open", fails)
+    monkeypatch.setattr(decode.resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(decode.signal, "signal", lambda *_: None)
+    request = {"path": "a.mp4", "start": 0.5, "num_frames": N, "width": W, "height": H, "fps": FPS}
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=[json.dumps(request)]))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=answer))
+    decode.serve()
+    facts = json.loads(answer.getvalue())
+    assert facts["path"] == "a.mp4" and facts["reason"] and facts.get("temporary", False) == temporary
+
+
+def test_the_skip_list_is_named_if_all_videos_are_in_it(tmp_path):
+    known = tmp_path / "skipped.jsonl"
+    known.write_text(json.dumps({"path": "a.mp4", "reason": "damaged"}) + "\n")
+    clips = data.Clips(["a.mp4"], 0, N, W, H, workers=1, skip_list=known)
+    with pytest.raises(ModelError, match=f"a.mp4: damaged.*delete {known} to try"):
+        clips.clip(0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
