@@ -128,14 +128,19 @@ def open_files(data, where=(), report=False) -> list[str]:
 
 
 def walk(root, report):
-    """Yields the videos below a folder in alphabetical order. Links to folders are not followed. report:
-    prints at the end how many files are no videos by their names."""
+    """Yields the videos below a folder in alphabetical order, without the sample sheets of training runs.
+    Links to folders are not followed. report: prints at the end how many files are passed over. A sub-folder
+    that cannot be read is left out with a warning, such as lost+found; if it is `root`, raises OSError."""
     others = []
-    for folder, folders, names in os.walk(root):
+    os.scandir(root).close()
+    for folder, folders, names in os.walk(root, onerror=lambda error: print(
+            f"warning: {error.filename}: {error.strerror}: left out", file=sys.stderr)):
         folders.sort()                                  # in place: os.walk visits them in this order
         others += ["(linked folder)" for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            # A run writes sample-000100.mp4 beside metrics.jsonl.
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not (
+                    name[:7] == "sample-" and name[7:-4].isdigit() and "metrics.jsonl" in names):
                 yield os.path.join(folder, name)
             else:
                 others.append("(hidden)" if name[0] == "." else Path(name).suffix.lower() or "(no suffix)")

@@ -1113,6 +1113,37 @@ def test_what_a_search_passes_over_is_reported(tmp_path, good_video, pipeline_fo
     assert not capsys.readouterr().out
 
 
+def test_sample_sheets_of_a_run_are_no_training_data(tmp_path):
+    """--output_dir inside --data: a resume finds the same videos as the first run."""
+    for name in ("run/sample-000050.mp4", "run/sample-1000000.mp4", "run/sample-2.mkv/sample-000050.mp4",
+                 "run/sample-a.mp4", "run/mine.mp4", "sample-000050.mp4", "run/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [os.path.relpath(file, tmp_path) for file in data.open_files(tmp_path)]
+    assert sorted(found) == ["run/mine.mp4", "run/sample-2.mkv/sample-000050.mp4", "run/sample-a.mp4",
+                             "sample-000050.mp4"]
+
+
+def test_folders_that_cannot_be_read_are_reported(tmp_path, monkeypatch, capsys):
+    """os.scandir is replaced, because a test that runs as root can read every folder."""
+    for name in ("a.mp4", "locked/b.mp4", "open/c.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    locked, scandir = str(tmp_path / "locked"), os.scandir
+
+    def refuse(path):
+        if str(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [Path(file).name for file in data.open_files(tmp_path)] == ["a.mp4", "c.mp4"]
+    assert capsys.readouterr().err == f"warning: {locked}: Permission denied: left out\n"
+    with pytest.raises(SystemExit) as problem:
+        run(monkeypatch, "preview", locked, "--out", tmp_path / "sheet.png")
+    error = capsys.readouterr().err
+    assert problem.value.code == 2 and error.count("\n") == 1 and f"Permission denied: '{locked}'" in error
+
+
 def test_preview(tmp_path, folder, monkeypatch, capsys):
     run(monkeypatch, "preview", folder, "--out", tmp_path / "sheet.png", "--num_clips", 3, *SIZE)
     assert Image.open(tmp_path / "sheet.png").size == (4 * (W + 2) + 2, 3 * (H + 2) + 2)
