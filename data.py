@@ -430,13 +430,14 @@ def check(args, out):
                 (bad_list if "reason" in facts else good_list).write(json.dumps(facts) + "\n")
                 good += "reason" not in facts
                 bar.update()
+        if not good:                                    # inside `with`: earlier lists remain
+            raise ModelError(f"{args.data}: none of {n} videos is good. {facts['path']}: {facts['reason']}")
     print(f"{good} videos are good: {out}; {n - good} are not: {bad}")
 
 
 def preview(args, out):
     """draws the first clips as a trainer gets them, one per row"""
     checkpoint.check_writable(out)
-    checkpoint.refuse_overwriting([out], [args.data])
     frames, facts = zip(*map(open_clips(args, report=True).clip, range(args.num_clips or 8)))
     save_sheet(rearrange(torch.stack(frames), "n f h w c -> n f c h w") / 127.5 - 1, out)
     print(*map(json.dumps, facts), f"wrote {out}", sep="\n")
@@ -499,7 +500,10 @@ def main():
     if args.dry_run and args.command != "encode":
         parser.error("--dry_run is for encode")
     function, out = modes[args.command]
-    function(args, args.out or Path(out))
+    out = args.out or Path(out)
+    if out.suffix not in {"check": [".jsonl"], "preview": [".png", ".jpg"]}.get(args.command, [out.suffix]):
+        parser.error(f"--out {out}: check writes a .jsonl list, preview a .png or .jpg picture")
+    function(args, out)
 
 
 if __name__ == "__main__":

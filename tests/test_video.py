@@ -1079,18 +1079,28 @@ def test_check_keeps_earlier_lists_until_it_is_done(tmp_path, folder, monkeypatc
     assert sorted(tmp_path.iterdir()) == [bad, good]
 
 
-@pytest.mark.parametrize("command", ["check", "preview"])
-def test_the_input_is_not_overwritten(tmp_path, command, monkeypatch, capsys):
+def test_check_without_a_good_video_keeps_earlier_lists(tmp_path, monkeypatch, capsys):
+    good = tmp_path / "good.jsonl"
+    good.write_text("good before\n")
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit) as problem:
+        run(monkeypatch, "check", tmp_path, "--out", good, *SIZE)
+    error = capsys.readouterr().err.split("\r")[-1]                 # after the progress bar
+    assert problem.value.code == 2 and "none of 1 videos is good" in error and "a.mp4: Invalid data" in error
+    assert good.read_text() == "good before\n" and sorted(tmp_path.iterdir()) == [tmp_path / "a.mp4", good]
+
+
+def test_the_input_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """By check. preview writes pictures only, and a link that it writes to is replaced."""
     (tmp_path / "a.jsonl").write_text('{"path": "x.mp4"}\n')
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
-    names = ["a.jsonl", "link.jsonl"] + ["bad"] * (command == "check")
-    for name in names:
+    for name in ("a.jsonl", "link.jsonl", "bad"):
         data_list = tmp_path / "a.jsonl"
         if name == "bad":                                           # the second output is the input
             data_list = (tmp_path / "a.jsonl").rename(tmp_path / "new.bad.jsonl")
         out = tmp_path / ("new.jsonl" if name == "bad" else name)
         with pytest.raises(SystemExit):
-            run(monkeypatch, command, data_list, "--out", out)
+            run(monkeypatch, "check", data_list, "--out", out)
         assert "would overwrite" in capsys.readouterr().err
         assert data_list.read_text() == '{"path": "x.mp4"}\n'
 
@@ -1156,8 +1166,11 @@ def test_preview(tmp_path, folder, monkeypatch, capsys):
     (("watch", "."), "invalid choice"), (("check", ".", "--sed", "1"), "unrecognized"),
     (("check", "."), "no videos"),
     (("check", ".", "--where", "seconds", "1", "2"), "no .csv or .jsonl list"),
-    (("check", ".", "--out", ".."), "cannot be written"),
-    (("preview", ".", "--out", ".."), "cannot be written")])
+    (("check", ".", "--out", "/dev/null/a.jsonl"), "cannot be written"),
+    (("preview", ".", "--out", "/dev/null/a.png"), "cannot be written"),
+    (("check", ".", "--out", "good.csv"), "--out good.csv: check writes a .jsonl list"),
+    (("check", ".", "--out", "good"), "--out good: check writes a .jsonl list"),
+    (("preview", ".", "--out", "p.mp4"), "--out p.mp4: check writes a .jsonl list, preview a .png or .jpg")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as problem:
