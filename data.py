@@ -349,6 +349,9 @@ def digest(content):
 
 # ---- Opening data ---------------------------------------------------------------------------------------
 
+# {flag of clips: default}. Shards were encoded with one value each. The toy world is square, with 7 fps.
+FIXED = dict.fromkeys("num_frames width height flip motion_bucket_id where".split()) | {"fps": FPS}
+
 
 def open_clips(args, report=False, **options):
     """The videos that the flags `args` name -> Clips. report: prints what is passed over in a folder.
@@ -360,20 +363,20 @@ def open_clips(args, report=False, **options):
 def open_data(args, vae, image_encoder, **options):
     """The data that the flags `args` name: args.num_clips clips of the toy world, shards, or videos, with
     `options` for Clips. It has .take(numbers [b]) -> (x0 [b f 4 h w], model.Cond), fp32, on the device of
-    `vae`. Raises ModelError."""
-    num_frames, width, height = args.num_frames, args.width, args.height
-    device = next(vae.parameters()).device
-    if args.data == "toy":
-        if width != height:
-            raise ModelError(f"the toy world is square, not {width}x{height}: give other --data")
-        return toy_latents(vae, image_encoder, args.seed, args.num_clips, num_frames, height, device)
-    if not (Path(args.data) / "index.json").is_file():
+    `vae`. Raises ModelError, also if a flag in FIXED is neither its default nor what the shards were encoded
+    with: it would have no effect. (That a flag was given with its default cannot be seen.)"""
+    toy, device = args.data == "toy", next(vae.parameters()).device
+    if not toy and not (Path(args.data) / "index.json").is_file():
         return VideoLatents(open_clips(args, **options), vae, image_encoder, args.motion_bucket_id)
-    latents = ShardLatents(Path(args.data), args.seed, device)
-    shape = [latents.index[name] for name in ("num_frames", "width", "height")]
-    if shape != [num_frames, width, height]:
-        raise ModelError(f"{args.data}: frames, width, height are {shape}, not {[num_frames, width, height]}")
-    return latents
+    latents = None if toy else ShardLatents(Path(args.data), args.seed, device)
+    square = {"num_frames": args.num_frames, "width": args.height, "height": args.height}
+    given, made = ({flag: x.get(flag) or FIXED[flag] for flag in FIXED}
+                   for x in (vars(args), square if toy else latents.index))
+    if wrong := [f"{flag} {made[flag] or 'not set'}, not {given[flag]}" for flag in FIXED
+                 if given[flag] not in (FIXED[flag], made[flag])]:
+        raise ModelError(f"--data {args.data} has {'; '.join(wrong)}: give other flags or other --data")
+    return latents or toy_latents(vae, image_encoder, args.seed, args.num_clips, args.num_frames, args.height,
+                                  device)
 
 
 def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):

@@ -930,7 +930,7 @@ def test_encode_resumes_and_notices_damage(tmp_path, folder, nets, pipeline_fold
     wanted, wanted_cond = videos.take(data.shuffled(9, 0, 7))
     assert torch.equal(x0, wanted) and all(map(torch.equal, cond, wanted_cond))
     assert not torch.equal(shards.take(torch.arange(7, 14))[0], x0)
-    with pytest.raises(ModelError, match="not .5, 64, 48"):
+    with pytest.raises(ModelError, match="has num_frames 4, not 5: give other flags"):
         data.open_data(flags(tmp_path / "whole", num_frames=5), *nets)
 
     # Other settings are refused, damage is found.
@@ -963,6 +963,28 @@ def shards(tmp_path, folder, pipeline_folder, monkeypatch):
     run(monkeypatch, "encode", folder, "--out", tmp_path / "shards", "--model", pipeline_folder,
         "--shard_size", 2, "--num_clips", 7, *SIZE)
     return tmp_path / "shards"
+
+
+def test_flags_that_shards_or_the_toy_world_would_ignore_are_refused(shards, nets):
+    sign(shards, fps=10, flip=True, motion_bucket_id=90, where=[["n", "0", "1"]])
+    same = dict(fps=10, flip=True, motion_bucket_id=90, where=[["n", "0", "1"]])
+    for given in ({}, same):                                        # not given, or as in `encode`
+        assert data.open_data(flags(shards, **given), *nets).index["num_clips"] == 7
+    for name, value, made in (("fps", 8, 10), ("motion_bucket_id", 5, 90), ("where", [["m", "0", "1"]], ""),
+                              ("num_frames", 5, 4), ("width", W + 8, W), ("height", H + 8, H)):
+        with pytest.raises(ModelError, match=f"shards has {name} .*{made}.*, not "):
+            data.open_data(flags(shards, **{name: value}), *nets)
+    sign(shards, flip=False)
+    with pytest.raises(ModelError, match="flip not set, not True"):
+        data.open_data(flags(shards, flip=True), *nets)
+    toy = dict(num_clips=1, width=64, height=64)
+    assert len(data.open_data(flags("toy", **toy), *nets).x0) == 1
+    for name, value in (("fps", 8), ("flip", True), ("where", [["n", "0", "1"]]), ("width", 128),
+                        ("motion_bucket_id", 127)):
+        with pytest.raises(ModelError, match=f"--data toy has {name} .*, not "):
+            data.open_data(flags("toy", **toy | {name: value}), *nets)
+    with pytest.raises(ModelError, match=f"has width {W}, not 72; fps 10, not 8: give"):
+        data.open_data(flags(shards, width=72, fps=8), *nets)
 
 
 def sign(folder, **changes):
