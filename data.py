@@ -134,7 +134,7 @@ def walk(root, report):
     others = []
     os.scandir(root).close()
     for folder, folders, names in os.walk(root, onerror=lambda error: print(
-            f"warning: {error.filename}: {error.strerror}: left out", file=sys.stderr)):
+            f"warning: {error.filename!r}: {error.strerror}: left out", file=sys.stderr)):
         folders.sort()                                  # in place: os.walk visits them in this order
         others += ["(linked folder)" for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(names):
@@ -238,7 +238,7 @@ class Clips:
         if "temporary" in facts:
             if not self.warned:                         # one line, even if a whole disk is missing
                 self.warned = True
-                print(f"warning: {path}: {facts['reason']}: replaced, tried again later", file=sys.stderr)
+                print(f"warning: {path!r}: {facts['reason']}: replaced, tried again later", file=sys.stderr)
         # setdefault: when two threads read the same bad file, one of them adds it to the list.
         elif "reason" in facts and self.bad.setdefault(path, facts) is facts and self.skip_list:
             with open(self.skip_list, "a") as file:

@@ -755,14 +755,14 @@ def test_lists_that_are_not_json(tmp_path, text):
         data.open_files(tmp_path / "a.jsonl")
 
 
-def test_odd_values_of_lists(tmp_path, monkeypatch, capsys):
+def test_odd_values_of_lists(tmp_path, good_video, monkeypatch, capsys):
     """Lone surrogates and numbers beyond a float: such videos are bad or outside the limits."""
     rows = [r'{"path": "\ud800.mp4", "n": 1}', r'{"path": "\udc80.mp4", "n": 1}',
-            '{"path": "y", "n": 1' + "0" * 400 + "}"]
+            '{"path": "y", "n": 1' + "0" * 400 + "}", json.dumps({"path": str(good_video), "n": 1})]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     out = ("--out", tmp_path / "good.jsonl")
     run(monkeypatch, "check", tmp_path / "a.jsonl", *out, "--where", "n", 0, 2, *SIZE)
-    assert "0 videos are good" in capsys.readouterr().out
+    assert "1 videos are good" in capsys.readouterr().out
 
 
 def test_a_list_that_is_a_pipe(tmp_path):
@@ -1169,7 +1169,7 @@ def test_folders_that_cannot_be_read_are_reported(tmp_path, monkeypatch, capsys)
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
     assert [Path(file).name for file in data.open_files(tmp_path)] == ["a.mp4", "c.mp4"]
-    assert capsys.readouterr().err == f"warning: {locked}: Permission denied: left out\n"
+    assert capsys.readouterr().err == f"warning: {locked!r}: Permission denied: left out\n"
     with pytest.raises(SystemExit) as problem:
         run(monkeypatch, "preview", locked, "--out", tmp_path / "sheet.png")
     error = capsys.readouterr().err
