@@ -158,7 +158,9 @@ def find_answers(folder):
 def reasons(result):
     """Why exercises without a single passed test have none, except for stubs."""
     missing = [name[:4] for name, (_, _, text) in result.items() if text == MISSING]
-    other = [f"{name[:4]}: {text.splitlines()[0][:150]}" for name, (passed, _, text) in result.items()
+    # A SyntaxError begins with its file, here a temporary copy, and the line of code; the reason comes last.
+    reason = lambda text: re.sub(r'^ *File ".*", (line \d+)\n(?: .*\n)*', r"\1: ", text).splitlines()[0][:150]
+    other = [f"{name[:4]}: {reason(text)}" for name, (passed, _, text) in result.items()
              if text and not passed and text != MISSING and not text.startswith(STUB)]
     return [f"missing: {' '.join(missing)}"] * (0 < len(missing) < len(result)) + other
 

@@ -84,6 +84,10 @@ CLASS = {
     "mia imports": ({"ex07_hinge.py": "import a_missing_package\n" + HINGE.format(""),
                      "ex09_ema.py": "from support.engine import update_ema"}, "", "0.0",
                     "ex07: .*a_missing_package.*; ex09: .*imported, not written"),
+    "mel mistypes": ({"ex01_karras_grid.py": "def karras_sigmas(n:\n    return n\n",
+                      "ex07_hinge.py": "def hinge_d(real, fake):\nreturn 0\n"}, "", "0.0",
+                     r"ex01: line 1: SyntaxError: '\(' was never closed; "
+                     "ex07: line 2: IndentationError: expected an indented block"),
     "ned": ({"answers.docx": "", "week 1/notes.ipynb": ""}, "", "0.0",
             "^no ex.*py, but answers.docx, week 1$"),
 }
