@@ -104,20 +104,24 @@ def test_exported_folder_makes_our_frames_in_diffusers(
 
 
 def test_exported_weights_are_those_put_in(tmp_path, monkeypatch, pipeline_folder, student):
-    for dtype in ("fp32", "fp16"):                                      # into one folder, as on the hub
-        export(monkeypatch, pipeline_folder, student, tmp_path, "--dtype", dtype)
-    files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    """Into one folder, where the second export deletes the weights of the first one, and no other files."""
     weights = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "image_encoder/model"}
-    assert files == {f"{name}{suffix}.safetensors" for name in weights for suffix in ("", ".fp16")} | {
-        "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-        "vae/config.json", "image_encoder/config.json", "feature_extractor/preprocessor_config.json"}
-    half = load_file(tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
-    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
-    for variant in (None, "fp16"):
+    others = {"unet/student.safetensors", "vae/model-00001-of-00002.safetensors", "lora.safetensors"}
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for dtype, suffix, variant in (("fp32", "", None), ("fp16", ".fp16", "fp16")):
+        export(monkeypatch, pipeline_folder, student, tmp_path, "--dtype", dtype)
+        files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+        assert files == others | {f"{name}{suffix}.safetensors" for name in weights} | {
+            "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+            "vae/config.json", "image_encoder/config.json", "feature_extractor/preprocessor_config.json"}
         theirs = StableVideoDiffusionPipeline.from_pretrained(tmp_path, variant=variant)
         assert same_weights(theirs.unet, model.load_unet(student))
         reference = model.load_vae(pipeline_folder)
         assert same_weights(theirs.vae, reference if variant is None else reference.half().float())
+    half = load_file(tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("base, svd", [("", False), ("", True), ("owner/name", False)], ids=str)

@@ -26,7 +26,7 @@ def export(args):
     """Writes the pipeline of --model, with --student as or in its UNet, and a model card to --output_dir.
 
     fp16 and bf16 weights get a suffix in their file names, and diffusers opens them with variant="fp16" or
-    "bf16". Raises ModelError or OSError.
+    "bf16". An earlier export's weights in another precision are deleted. Raises ModelError or OSError.
     """
     # A folder that holds an input is refused as well: the export could replace the input in it.
     inputs = [path.resolve() for path in map(Path, (args.model, args.student)) if path.exists()]
@@ -42,6 +42,10 @@ def export(args):
     for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
         checkpoint.clear_parts(args.output_dir / part)
         save_network(net, args.output_dir / part, DTYPES[args.dtype], suffix)
+        # An earlier export's weights in another precision may be another student's: --push_to_hub would
+        # upload both.
+        for end in {"", ".fp16", ".bf16"} - {f".{suffix}" if suffix else ""}:
+            (args.output_dir / part / f"{net.file_stem}{end}.safetensors").unlink(missing_ok=True)
     model.save_configs(args.output_dir)
     for licence in find_folder(args.model, "unet", args.variant, args.revision).parent.glob("LICENSE*"):
         shutil.copy(licence, args.output_dir)
