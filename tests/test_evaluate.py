@@ -3,8 +3,10 @@ tools/: tables.py, pages.py, plot.py, and the networks of bench.py."""
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -379,19 +381,58 @@ def test_training_time_is_that_of_the_fastest_interval(tmp_path, monkeypatch):
     paces = {1: [0.01, 0.2, 0.1, 0.3], 2: [5.0, 0.5, 0.4]}
 
     def train(command, **_):
+        assert not stop
         folder, stage = Path(command[command.index("--output_dir") + 1]), int(command[1].name[11])
         checkpoint.write_json(folder / "merged/config.json", {})
         for step in (100, 110 * stage):
             (folder / f"checkpoint-{step:07}").mkdir()
         (folder / "metrics.jsonl").write_text("".join(
             json.dumps({"step": 25 * i, "s_per_step": pace}) + "\n" for i, pace in enumerate(paces[stage])))
-        return SimpleNamespace(returncode=0)
+        return subprocess.Popen("true")
 
-    monkeypatch.setattr(subprocess, "run", train)
-    folder, seconds = tables.trained("quick", 0, args, protocol)
+    stop = []
+    monkeypatch.setattr(tables, "Popen", train)
+    folder, seconds = tables.trained("quick", 0, args, protocol, stop)
     assert seconds == pytest.approx(110 * 0.1 + 220 * 0.4) and folder.parent.parent == tmp_path
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
-    assert tables.trained("quick", 0, args, protocol) == (folder, seconds)
+    monkeypatch.setattr(tables, "Popen", lambda *_, **__: pytest.fail("trained again"))
+    assert tables.trained("quick", 0, args, protocol, stop) == (folder, seconds)
+
+
+@pytest.mark.parametrize("end", ["false", "true", "Ctrl-C"])
+def test_after_an_error_or_ctrl_c_no_training_begins(end, tmp_path, monkeypatch):
+    """Three students train at the same time; two need the same stage 1, which fails, or ends early with exit
+    status 0. It is not trained again, the other training gets a SIGTERM, and the error is that of stage 1."""
+    children, slow_runs = [], threading.Event()
+
+    def train(command, start_new_session):
+        assert start_new_session                        # a Ctrl-C would end the child before it saves
+        slow = "--slow" in command
+        assert slow or slow_runs.wait(10)
+        children.append(subprocess.Popen(["sleep", "60"] if slow or end == "Ctrl-C" else end))
+        if slow:
+            slow_runs.set()
+        return children[-1]
+
+    def interrupted(*_, **__):
+        assert slow_runs.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "Popen", train)
+    monkeypatch.setattr(tables, "RUNS", {"slow": (None, "--slow"), "a": ("", "--a"), "b": ("", "--b")})
+    monkeypatch.setattr(tables, "fingerprints", lambda _: {})
+    monkeypatch.setattr(tables, "Report", lambda *_, **__: SimpleNamespace(
+        protocol={"sources": "s", "teacher_sha256": "t"}, rows={}, shape=(4, 64, 64), device="cpu",
+        sampler=lambda *_: (), add=interrupted))
+    args = SimpleNamespace(what="table1", model="m", seeds=[0], seed=0, jobs=3, work=tmp_path, stage1="",
+                           stage2="", device="cpu")
+    table = [("teacher", "1", None)] * (end == "Ctrl-C") + [(run, "1", None) for run in ("slow", "a", "b")]
+    error, message = ModelError, "^[ab]: training failed or was stopped, .*; run the same command again$"
+    if end == "Ctrl-C":
+        error, message = KeyboardInterrupt, "^$"
+    with pytest.raises(error, match=message):
+        tables.measure_table(table, args, {})
+    assert children[0].returncode == -signal.SIGTERM and len(children) <= 2
+    assert all(child.returncode is not None for child in children)
 
 
 def test_fingerprints_change_with_the_code_and_the_teacher(small, tmp_path, monkeypatch):

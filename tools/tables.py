@@ -18,12 +18,14 @@ little; those of `student` are not disturbed. --jobs trains several students at 
 """
 import hashlib
 import math
-import subprocess
+import signal
 import sys
 import threading
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import Popen
 
 import model
 from evaluate import ROOT, UNSEEN, Report, fingerprint, report_flags, to_bytes
@@ -83,11 +85,15 @@ def fingerprints(path):
             "teacher_sha256": fingerprint(model.load_unet(path))[:8]}
 
 
-def trained(run, seed, args, protocol):
+def trained(run, seed, args, protocol, stop):
     """The folder of a run's UNet, and the seconds that its stages trained. Trains the stages that --work
     lacks. The seconds are steps times the seconds per step in the fastest logged interval after the first:
     other trainings on the GPU, checkpoints and the start of a resumed run only make an interval slower. So
-    the run alone on the GPU would take at most as long. Raises ModelError."""
+    the run alone on the GPU would take at most as long.
+
+    stop: a list that all runs of a table share; empty until one of them fails or the program ends. Then no
+    training begins, and those that run get a SIGTERM: they save and end. Raises ModelError with the first
+    message in it."""
     stage1, seconds = "none", 0.0
     for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
         if flags is None:
@@ -98,12 +104,20 @@ def trained(run, seed, args, protocol):
         # fingerprints, so that a student of older code or of another teacher is not taken for this one.
         name = hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
         folder = args.work / "-".join([name, protocol["sources"], protocol["teacher_sha256"]])
+        student = folder / "merged" / "config.json"     # written last
         with LOCKS[folder]:
-            if not (folder / "merged" / "config.json").exists():
+            if not student.exists() and not stop:
                 command += ["--device", str(args.device), "--output_dir", str(folder)]
                 print(*command, flush=True)
-                if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
-                    raise checkpoint.ModelError(f"{run}: the training failed, see its message above")
+                # In a session of its own a trainer gets no Ctrl-C, at which it would end without saving.
+                child = Popen([sys.executable, ROOT / command[0], *command[1:]], start_new_session=True)
+                while child.poll() is None and not stop:
+                    time.sleep(0.1)
+                child.terminate()                       # does nothing if it has ended
+                child.wait()
+            if not student.exists():                    # also after exit status 0: SIGTERM, --dry_run
+                stop.append(f"{run}: training failed or was stopped, see above; run the same command again")
+                raise checkpoint.ModelError(stop[0])
         lines = checkpoint.read_lines(folder / "metrics.jsonl", s_per_step=float)
         steps = [int(path.name[-7:]) for path in folder.glob(checkpoint.CHECKPOINTS)]
         pace = min((line["s_per_step"] for line in lines[1:]), default=math.nan)
@@ -162,10 +176,10 @@ def measure_table(table, args, protocol):
         clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
         return to_bytes(clips.frames), 0
 
-    pool = ThreadPoolExecutor(args.jobs)
-    students = {student: pool.submit(trained, *student, args, report.protocol)
-                for student in dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS)}
+    pool, stop = ThreadPoolExecutor(args.jobs), []
     try:
+        students = {student: pool.submit(trained, *student, args, report.protocol, stop)
+                    for student in dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS)}
         for run, name, seed in rows:
             student, seconds = (STUDENT, SHIPPED_SECONDS) if run == "shipped" else (None, None)
             if run in RUNS:
@@ -174,7 +188,8 @@ def measure_table(table, args, protocol):
             pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
             report.add(run, name, seed, *sampler, pictured=pictured, training_seconds=seconds)
     finally:
-        pool.shutdown(cancel_futures=True)              # after an error no further training begins
+        stop.append("the program ends")
+        pool.shutdown(cancel_futures=True)              # waits for the trainings, which save
 
 
 def main():
@@ -189,6 +204,7 @@ def main():
     flag("--stage2", default=f"--max_train_steps {STEPS[1]}" + BUDGET, help="flags of each train_stage2.py")
     flag("--jobs", default=1, help="trainings at a time, which share the GPU")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # ends like Ctrl-C
     tables = {"student": SHIPPED, "table1": TABLE1, "budgets": BUDGETS,
               "table2": [FLOOR, *(row for name in args.rows for row in TABLE2[name])]}
     # FLOOR needs other futures of the same first frames, which real videos do not have.
