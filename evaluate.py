@@ -332,7 +332,8 @@ def read_report(file, **figures):
 
 class Report:
     """Rows measured by one protocol: printed, and written to --report as JSON, beside a picture of the first
-    clips of each row, real clips first.
+    clips of each row, real clips first. With --resume the picture shows only the rows measured since; if
+    there are none, the earlier picture stays.
 
     rows: {(run, sampler, training seed): figures}. run: "teacher", the path of a student, or a name in
     tools/tables.py. args: the flags of report_flags. protocol: further entries. Raises ModelError, or OSError
@@ -375,10 +376,12 @@ class Report:
 
     def earlier_rows(self):
         """{(run, sampler, seed): row} of --report. Raises ModelError if its protocol differs."""
-        earlier = read_report(self.args.report)
+        earlier = read_report(self.args.report, fvd=float, interval=float, intervals=dict)
         if differ := checkpoint.changes(earlier["protocol"], self.protocol):
             raise ModelError(f"{self.args.report} has another protocol: {differ}. "
                              "Leave out --resume, or choose another --report")
+        print(f"rows in {self.args.report}, which new pictures do not show:",
+              *("{run} {sampler} {seed};".format(**row) for row in earlier["rows"]))
         return {(row["run"], row["sampler"], row["seed"]): row for row in earlier["rows"]}
 
     def sampler(self, name, student=None):
@@ -403,8 +406,9 @@ class Report:
         """Writes the rows to --report, and their picture beside it."""
         if file := self.args.report:
             write_json(file, record(self.args) | {"protocol": self.protocol, "rows": [*self.rows.values()]})
-            # (clip row) f 3 H W: one clip of all rows, then the next clip. At half size.
-            save_sheet(torch.stack(self.shown, dim=1).flatten(0, 1) / 127.5 - 1, file.with_suffix(".jpg"), 2)
+            if len(self.shown) > 1 or not self.args.resume:
+                # (clip row) f 3 H W: one clip of all rows, then the next clip. At half size.
+                save_sheet(torch.stack(self.shown, 1).flatten(0, 1) / 127.5 - 1, file.with_suffix(".jpg"), 2)
 
 
 def record(args):
@@ -413,9 +417,8 @@ def record(args):
     settings = json.dumps(vars(args), default=str).replace(f"{ROOT}/", "")
     module = sys.modules["__main__"].__spec__                       # None for `python FILE`
     program = f"-m {module.name}" if module else sys.argv[0]
-    device = str(args.device)
     return {"command": " ".join(["python", program, *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+            "device": torch.cuda.get_device_name() if "cuda" in str(args.device) else str(args.device),
             "torch": torch.__version__, "settings": json.loads(settings)}
 
 
@@ -489,10 +492,12 @@ def main():
     args = parse_args()
     if args.what == "sensitivity":
         return sensitivity(args)
-    report = Report(args)
-    row = args.student or "teacher", args.sampler, 0
-    if row not in report.rows:
-        report.add(*row, *report.sampler(args.sampler, args.student))
+    report, row = Report(args), (args.student or "teacher", args.sampler, 0)
+    steps, nfe, generate = report.sampler(args.sampler, args.student)
+    weights = fingerprint(generate.args[1])             # of the network as it is used: on a GPU in bf16
+    # The folder may have another student than when --report was written: then it is measured again.
+    if report.rows.get(row, {}).get("weights_sha256") != weights:
+        report.add(*row, steps, nfe, generate, weights_sha256=weights)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,38 @@ def test_a_size_becomes_one_that_the_model_has(small, capsys):
     assert "size 33x33 becomes 32x32" in capsys.readouterr().err
 
 
+def test_fvd_resumes_the_rows_of_the_same_student(small, tmp_path, monkeypatch, capsys):
+    """Another student at the same path is measured again. A picture stays if no row was measured."""
+    folder, unet = small
+    student, report = tmp_path / "unet", tmp_path / "fvd.json"
+    figures = {"fvd": 1.0, "interval": 0.1, "intervals": {}}
+    measured, picture = [], report.with_suffix(".jpg")
+
+    def measure(*_):
+        measured.append(1)
+        return torch.zeros(2, 4, 3, 64, 64, dtype=torch.uint8), figures
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    words = ["evaluate.py", "fvd", "--model", folder, "--student", student, "--num_clips", 2, "--width", 64,
+             "--height", 64, "--device", "cpu", "--report", report, "--resume"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    model.save_unet(unet, student)
+    evaluate.main()
+    before = json.loads(report.read_text())["rows"], picture.read_bytes()
+    evaluate.main()
+    assert len(measured) == 1 and before == (json.loads(report.read_text())["rows"], picture.read_bytes())
+    assert f"{report}, which new pictures do not show: {student} 1 0;\n" in capsys.readouterr().out
+    model.save_unet(model.load_unet(folder).requires_grad_(False).apply(
+        lambda layer: [w.add_(0.01) for w in layer.parameters(recurse=False)]), student)
+    evaluate.main()
+    row, = json.loads(report.read_text())["rows"]
+    assert len(measured) == 2 and row["weights_sha256"] != before[0][0]["weights_sha256"]
+    content = json.loads(report.read_text())
+    checkpoint.write_json(report, content | {"rows": [{k: row[k] for k in row if k != "intervals"}]})
+    with pytest.raises(ModelError, match="not the rows of a report .intervals is None"):
+        evaluate.main()
+
+
 def test_networks_that_return_nan(small):
     """Frames of 8 bits would hide it: NaN becomes black."""
     folder, unet = small
