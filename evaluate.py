@@ -86,8 +86,10 @@ def load_detector(path, device="cpu"):
 
 def fingerprint(net):
     """The first 16 hexadecimal digits of the SHA-256 of a network's weights in fp32."""
-    weights = b"".join(w.detach().float().cpu().numpy().tobytes() for w in net.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for w in net.state_dict().values():
+        digest.update(w.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
