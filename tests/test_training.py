@@ -460,8 +460,7 @@ def test_golden_losses(whole, stage):
 # Interrupted runs
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@BOTH
+@pytest.mark.parametrize("stage, processes", [(1, 1), (2, 2)])
 def test_killed_run_resumes_bit_for_bit(train, whole, two, stage, processes):
     uninterrupted, saved, flags = (whole, 5, "") if processes == 1 else (two, 3, SIX)
     flags = f"{stage1_of(whole, stage)} {flags}"
