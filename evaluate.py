@@ -494,12 +494,9 @@ def main():
     args = parse_args()
     if args.what == "sensitivity":
         return sensitivity(args)
-    report, row = Report(args), (args.student or "teacher", args.sampler, 0)
-    steps, nfe, generate = report.sampler(args.sampler, args.student)
-    weights = fingerprint(generate.args[1])             # of the network as it is used: on a GPU in bf16
-    # The folder may have another student than when --report was written: then it is measured again.
-    if report.rows.get(row, {}).get("weights_sha256") != weights:
-        report.add(*row, steps, nfe, generate, weights_sha256=weights)
+    report = Report(args)
+    # With --resume it replaces an earlier row of this name: the weights in the folder may have changed.
+    report.add(args.student or "teacher", args.sampler, 0, *report.sampler(args.sampler, args.student))
 
 
 if __name__ == "__main__":
