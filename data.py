@@ -25,6 +25,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -129,18 +130,18 @@ def open_files(data, where=(), report=False) -> list[str]:
 
 def walk(root, report):
     """Yields the videos below a folder in alphabetical order, without the sample sheets of training runs.
-    Links to folders are not followed. report: prints at the end how many files are passed over. A sub-folder
-    that cannot be read is left out with a warning, such as lost+found; if it is `root`, raises OSError."""
+    Links to folders are not followed. report: prints at the end how many files are passed over. Raises
+    OSError if `root` cannot be read. A sub-folder that cannot be read is left out with a warning."""
     others = []
-    os.scandir(root).close()
+    os.scandir(root).close()                            # raises OSError; os.walk would yield nothing
     for folder, folders, names in os.walk(root, onerror=lambda error: print(
             f"warning: {error.filename!r}: {error.strerror}: left out", file=sys.stderr)):
         folders.sort()                                  # in place: os.walk visits them in this order
         others += ["(linked folder)" for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(names):
             # A run writes sample-000100.mp4 beside metrics.jsonl.
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not (
-                    name[:7] == "sample-" and name[7:-4].isdigit() and "metrics.jsonl" in names):
+            ours = "metrics.jsonl" in names and re.fullmatch(r"sample-\d+\.mp4", name)
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not ours:
                 yield os.path.join(folder, name)
             else:
                 others.append("(hidden)" if name[0] == "." else Path(name).suffix.lower() or "(no suffix)")
@@ -198,7 +199,8 @@ class Clips:
         self.files, self.seed, self.flip, self.skip_list = files, seed, flip, skip_list
         self.clips_per_rank, self.batch_size = clips_per_rank, batch_size
         self.shape = {"num_frames": num_frames, "width": width, "height": height, "fps": fps}
-        self.num_ahead, self.pending, self.warned = 2 * workers, {}, False      # {number: future clip}
+        self.num_ahead, self.pending = 2 * workers, {}                  # pending: {number: future clip}
+        self.warned = False                                             # of a file that cannot be read now
         # One decoder per thread. These are daemon threads: Ctrl-C does not wait for a decoder that hangs.
         self.threads, self.local = ThreadPool(workers), threading.local()
         rows = checkpoint.read_lines(skip_list, path=str, reason=str) if skip_list else []
@@ -258,13 +260,14 @@ class Clips:
             frames, facts = self.read(path, start)
             if "reason" not in facts:
                 return frames.flip(2) if self.flip and mirror < 0.5 else frames, facts
-        listed = f"; delete {self.skip_list} to try those in it again" * bool(self.skip_list and self.bad)
+        listed = f"; delete {self.skip_list} to try those in it again" if self.skip_list and self.bad else ""
         raise ModelError(f"none of {tries} videos is good. {path}: {facts['reason']}. `python data.py check` "
                          f"lists the good ones, and the reason for each of the others{listed}")
 
     def take(self, numbers):
         """Clips `numbers` [b] -> frames uint8 [b f H W 3]. Starts to decode the clips that come next."""
-        wanted, ahead, number = numbers.tolist(), [], numbers[-1].item()
+        wanted, ahead = numbers.tolist(), []
+        number = wanted[-1]
         for _ in range(self.num_ahead):                 # skip the numbers of the other processes
             number += 1 if (number + 1) % self.clips_per_rank else 1 + self.batch_size - self.clips_per_rank
             ahead.append(number)
@@ -349,7 +352,7 @@ def digest(content):
 
 # ---- Opening data ---------------------------------------------------------------------------------------
 
-# {flag of clips: default}. Shards were encoded with one value each. The toy world is square, with 7 fps.
+# {flag of clips: default} for the flags that do not change shards or the toy world.
 FIXED = dict.fromkeys("num_frames width height flip motion_bucket_id where".split()) | {"fps": FPS}
 
 
@@ -363,28 +366,33 @@ def open_clips(args, report=False, **options):
 def open_data(args, vae, image_encoder, **options):
     """The data that the flags `args` name: args.num_clips clips of the toy world, shards, or videos, with
     `options` for Clips. It has .take(numbers [b]) -> (x0 [b f 4 h w], model.Cond), fp32, on the device of
-    `vae`. Raises ModelError, also if a flag in FIXED is neither its default nor what the shards were encoded
-    with: it would have no effect. (That a flag was given with its default cannot be seen.)"""
-    toy, device = args.data == "toy", next(vae.parameters()).device
-    if not toy and not (Path(args.data) / "index.json").is_file():
+    `vae`. Raises ModelError."""
+    num_frames, size, device = args.num_frames, args.height, next(vae.parameters()).device
+    if args.data == "toy":
+        refuse_idle_flags(args, {"num_frames": num_frames, "width": size, "height": size})
+        return toy_latents(vae, image_encoder, args.seed, args.num_clips, num_frames, size, device)
+    if not (Path(args.data) / "index.json").is_file():
         return VideoLatents(open_clips(args, **options), vae, image_encoder, args.motion_bucket_id)
-    latents = None if toy else ShardLatents(Path(args.data), args.seed, device)
-    square = {"num_frames": args.num_frames, "width": args.height, "height": args.height}
-    given, made = ({flag: x.get(flag) or FIXED[flag] for flag in FIXED}
-                   for x in (vars(args), square if toy else latents.index))
-    if wrong := [f"{flag} {made[flag] or 'not set'}, not {given[flag]}" for flag in FIXED
-                 if given[flag] not in (FIXED[flag], made[flag])]:
+    latents = ShardLatents(Path(args.data), args.seed, device)
+    refuse_idle_flags(args, latents.index)
+    return latents
+
+
+def refuse_idle_flags(args, made):
+    """Raises ModelError for flags in FIXED that would have no effect: their values are neither the defaults
+    nor those in `made`, the settings that --data was made with."""
+    given, own = ({flag: x.get(flag) or FIXED[flag] for flag in FIXED} for x in (vars(args), made))
+    if wrong := [f"{flag} {own[flag] or 'not set'}, not {given[flag]}" for flag in FIXED
+                 if given[flag] not in (FIXED[flag], own[flag])]:
         raise ModelError(f"--data {args.data} has {'; '.join(wrong)}: give other flags or other --data")
-    return latents or toy_latents(vae, image_encoder, args.seed, args.num_clips, args.num_frames, args.height,
-                                  device)
 
 
 def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     """The data that a trainer's flags name, for a process that trains on `clips_per_rank` clips of each
     batch -> the result of open_data, and (x0, cond) of four validation clips. Those of the toy world are
     unseen. Those of videos are the same videos at other times, and those of shards are clips that the run
-    trains on: nothing is held out. With --overfit N, the run trains on the first N clips,
-    encoded once, and shows four of them."""
+    trains on: nothing is held out. With --overfit N, the run trains on the first N clips, encoded once, and
+    shows four of them."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     width, height = (given or default for given, default in
                      zip((args.width, args.height), model.default_size(unet)))
@@ -397,7 +405,7 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     other = open_data(Namespace(**flags), vae, image_encoder) if args.data == "toy" else latents
     # Numbers that training does not reach. 720,720 is a multiple of 1 to 16: four clips of few videos belong
     # to one epoch, so they differ.
-    x0, cond = other.take(10 ** 6 * 720_720 + torch.arange(4))                     # b f 4 h w
+    x0, cond = other.take(10 ** 6 * 720_720 + torch.arange(4))                      # b f 4 h w
     if n := flags.get("overfit"):
         x0, cond = latents.take(torch.arange(n))
         latents = Latents(x0, cond.image_embeds, cond.image_latents[:, 0], cond.time_ids)
