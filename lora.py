@@ -39,8 +39,8 @@ LARGEST = 65_536                                    # rank or alpha in a file
 
 
 class LoRA:
-    """Base class of LoRALinear and the LoRA convolutions. It has the dictionary of parameters of the layer
-    that it replaces, and adds A and B. These are created in fp32, whatever the dtype of the layer."""
+    """Base class of LoRALinear and the LoRA convolutions. Its parameters are those of the layer that it
+    replaces, not copies, and A and B. These two are created in fp32, whatever the dtype of the layer."""
 
     def __init__(self, layer, rank, alpha):
         nn.Module.__init__(self)                    # nn.Linear.__init__ would allocate a second weight

@@ -23,8 +23,8 @@ def hinge_g(logits_fake, linear=False):
 
 
 def pseudo_huber(x, y, c, weight=None):
-    """The mean over all elements of sqrt((x - y)^2 + c^2) - c: element by element, the d(x, y) of Eqs. 7
-    and 10. It is about |x - y| for differences above c and quadratic below.
+    """The mean over all elements of sqrt((x - y)^2 + c^2) - c. This is the d(x, y) of Eqs. 7 and 10,
+    taken element by element: about |x - y| for differences above c, and quadratic below.
 
     x, y [b ...]; weight [b] multiplies the distance of each clip. The equation as printed takes the norm of
     a whole clip's difference instead. That is about sqrt(number of elements) times as large (402 times for 14

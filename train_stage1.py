@@ -7,9 +7,9 @@ OSV (arXiv 2409.11367), Eqs. 6 and 7.
 
 Roles: theta = net (SVD's UNet with LoRA), psi = disc. Real is x0, fake is f_theta(x_t, sigma_t).
 
-Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
-disc.safetensors, which --stage1 of train_stage2.py reads, merged/, a UNet folder for `sampler.py --student`,
-and if only LoRA trains, the LoRA for other tools. The same command again resumes.
+Writes to --output_dir: checkpoints, metrics.jsonl and sample sheets. At the end: student.safetensors and
+disc.safetensors for `train_stage2.py --stage1`, and merged/, a UNet folder for `sampler.py --student`. If
+only LoRA trains, pytorch_lora_weights.safetensors has it for other tools. The same command again resumes.
 `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
@@ -56,7 +56,7 @@ flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="l
 flag("--adv_weight", default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world, stop = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps
+clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # of a step
 micro_batch = clips_per_rank // parts                               # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
 # micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
@@ -84,7 +84,7 @@ disc = fast(Discriminator(features, args.heads)).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
 psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # singular vectors of spectral norm
 
-if world.rank == 0:                                                 # net is still the teacher: drawn here
+if world.rank == 0:                                                 # net is still the teacher, drawn here
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 

@@ -7,12 +7,12 @@ OSV (arXiv 2409.11367), Eqs. 8 to 10.
     $ python train_stage2.py --preset one_gpu --data OpenVid-1M.csv --dry_run       # hours, memory, disk
 
 Roles: theta = net, theta^- = ema, phi = teacher_weights, psi = disc. The first three are one UNet in memory,
-into which engine.use_weights puts the few weights that differ. Real is f_theta^-(x_s, sigma_s): the teacher
-takes m guided Euler steps from x_t to x_s. Fake is f_theta(x_t, sigma_t).
+into which engine.use_weights puts the few weights that differ. The teacher takes m Euler steps from x_t to
+x_s. Real is f_theta^-(x_s, sigma_s), or x0 with --real data. Fake is f_theta(x_t, sigma_t).
 
-Writes to --output_dir: checkpoints, metrics.jsonl, sample sheets, and at the end student.safetensors and
-disc.safetensors, which --stage1 of train_stage2.py reads, merged/, a UNet folder for `sampler.py --student`,
-and if only LoRA trains, the LoRA for other tools. The same command again resumes.
+Writes to --output_dir: checkpoints, metrics.jsonl and sample sheets. At the end: student.safetensors and
+disc.safetensors for `train_stage2.py --stage1`, and merged/, a UNet folder for `sampler.py --student`. If
+only LoRA trains, pytorch_lora_weights.safetensors has it for other tools. The same command again resumes.
 `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
@@ -69,7 +69,7 @@ flag("--ema_decay", default=0.95, help="decay of theta^-; 0: theta^- is the stud
 args, world, stop = engine.start_training(parser, PRESETS)
 checkpoint.refuse_overwriting([args.output_dir], [args.stage1])
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps
+clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # of a step
 micro_batch = clips_per_rank // parts                               # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
 # micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
@@ -92,13 +92,13 @@ if "lora" in args.train:
     lora.add_lora(unet, args.lora_rank, targets=lora.LORA_CONVS if args.lora_convs else lora.LORA_TARGETS)
 net = fast(unet).to(dtype)
 theta = engine.MasterWeights(net, engine.trained_names(net, args.train))
-teacher_weights = {name: p.detach().clone() for name, p in theta.net_weights.items()}       # LoRA in it is 0
+teacher_weights = {name: p.detach().clone() for name, p in theta.net_weights.items()}
 
 disc = fast(Discriminator(features, args.heads)).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
 psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # singular vectors of spectral norm
 
-if world.rank == 0:                                                 # net is still the teacher: drawn here
+if world.rank == 0:                                                 # net is still the teacher, drawn here
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
 net.set_checkpointing(args.gradient_checkpointing)
 
@@ -131,7 +131,7 @@ Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight numbers")
 @torch.no_grad()
 def make_target(x_t, grid, guidance, cond):
     """x_target: the teacher solves from x_t to x_s, then theta^- maps x_s to the clean latent. Where sigma_s
-    is 0, this is x_s itself."""
+    is 0, the result is x_s itself."""
     with engine.use_weights(theta.net_weights, teacher_weights), lora.without_lora(net):
         x_s = solve(net, x_t, grid, cond, guidance)                             # b f c h w, Eq. 8
     with engine.use_weights(theta.net_weights, ema_weights):

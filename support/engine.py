@@ -431,8 +431,8 @@ def finite_step(optimizer, parameters, max_norm):
 
 
 def set_learning_rate(optimizer, lr, step, warmup_steps, decay_steps=None):
-    """Sets the learning rate of a step: linear warm-up, then constant; with `decay_steps` times half a
-    cosine, which begins at step 0 and reaches 0 there."""
+    """Sets the learning rate of a step: linear warm-up, then constant. With `decay_steps` this is multiplied
+    by half a cosine, which is 1 at step 0 and 0 at step `decay_steps`."""
     factor = min(1.0, (step + 1) / max(1, warmup_steps))
     if decay_steps:
         factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
@@ -534,8 +534,8 @@ class Run:
 
     groups, optimizers: the state of the run, see checkpoint.collect; all else is a function of the step.
     stop: from start_training. save_sheet(folder, step) draws a sample sheet and returns the PSNR of one step,
-    which the log has with --overfit; only rank 0 calls it. `stopped` becomes True in the first step
-    that ends after SIGTERM; it is saved.
+    which the log has with --overfit; only rank 0 calls it. After SIGTERM the step in progress is
+    finished and saved, and then `stopped` is True.
     """
 
     def __init__(self, args, world, stop, groups, optimizers, save_sheet):

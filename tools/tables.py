@@ -172,8 +172,9 @@ def measure_table(table, args, protocol):
     rows = [row for row in rows if row not in report.rows]
     world_seed, (f, _, size) = args.seed + UNSEEN, report.shape
 
-    other_futures = lambda numbers, seed: (to_bytes(toy_clips(
-        world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed).frames), 0)
+    def other_futures(numbers, seed):
+        clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
+        return to_bytes(clips.frames), 0
 
     pool, stop = ThreadPoolExecutor(args.jobs), []
     try:
