@@ -54,7 +54,7 @@ flag = parser.add_argument
 flag("--output_dir", type=Path, default="out/stage1", help="everything is written here")
 flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="lora", help="weights to train")
 flag("--adv_weight", default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
-args, world, stop = engine.start_training(parser, PRESETS)
+args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # of a step
 micro_batch = clips_per_rank // parts                               # clips in one forward pass
@@ -94,7 +94,7 @@ opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=devi
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 # The whole state of a run. Noise and the order of clips are functions of seed and clip number.
 state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
-run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
+run = engine.Run(args, world, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
 theta.copy_to_net()
 run.announce(net, theta.masters, psi)

@@ -66,7 +66,7 @@ flag("--guidance", nargs=4, default=[1.0, 1.5, 2.0, 2.5], metavar=("A", "B", "C"
      help="the teacher's guidance: drawn in A..B for the first frame and in C..D for the last; 1 1 1 1: none")
 flag("--weight_exponent", default=0.1, help="e of lambda(t_n) = (1 / (sigma_t - sigma_s)) ^ e")
 flag("--ema_decay", default=0.95, help="decay of theta^-; 0: theta^- is the student itself")
-args, world, stop = engine.start_training(parser, PRESETS)
+args, world = engine.start_training(parser, PRESETS)
 checkpoint.refuse_overwriting([args.output_dir], [args.stage1])
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # of a step
@@ -113,7 +113,7 @@ opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=devi
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 # The whole state of a run. Noise and the order of clips are functions of seed and clip number.
 state = {"theta": theta.masters, "ema": ema, "psi": psi, "buffer": psi_buffers}
-run = engine.Run(args, world, stop, state, {"opt": opt, "opt_d": opt_d},
+run = engine.Run(args, world, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
 theta.copy_to_net()
 ema_weights = {name: p.to(dtype) for name, p in ema.items()}        # theta^- in the dtype of the network

@@ -283,8 +283,7 @@ def training_flags(description, presets):
 
 
 def start_training(parser, presets):
-    """Parses the flags, with the defaults of the --preset given, and starts the processes -> (args, world,
-    stop). stop is a list that is empty until SIGTERM arrives: then Run saves after the current step."""
+    """Parses the flags, with the defaults of the --preset given, and starts the processes: args, World."""
     parser.set_defaults(**presets[parser.parse_known_args()[0].preset])
     # --help is added only now: argparse would otherwise answer it before the preset's defaults are known.
     parser.add_argument("-h", "--help", action="help", help="show the flags with the defaults of --preset")
@@ -302,9 +301,7 @@ def start_training(parser, presets):
         checkpoint.refuse_overwriting([args.output_dir], [args.model, args.dino, args.data])
         checkpoint.check_writable(args.output_dir / "metrics.jsonl")
         checkpoint.lock(args.output_dir)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-    return args, world, stop
+    return args, world
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -533,13 +530,13 @@ class Run:
     that --resume_from_checkpoint names.
 
     groups, optimizers: the state of the run, see checkpoint.collect; all else is a function of the step.
-    stop: from start_training. save_sheet(folder, step) draws a sample sheet and returns the PSNR of one step,
-    which the log has with --overfit; only rank 0 calls it. After SIGTERM the step in progress is
-    finished and saved, and then `stopped` is True.
+    save_sheet(folder, step) draws a sample sheet and returns the PSNR of one step, which the log has with
+    --overfit; only rank 0 calls it. After SIGTERM the step in progress is finished and saved, and then
+    `stopped` is True. Before there is a Run, SIGTERM ends the process at once: there is nothing to save.
     """
 
-    def __init__(self, args, world, stop, groups, optimizers, save_sheet):
-        self.args, self.world, self.stop, self.save_sheet = args, world, stop, save_sheet
+    def __init__(self, args, world, groups, optimizers, save_sheet):
+        self.args, self.world, self.save_sheet, self.stop = args, world, save_sheet, []
         self.stopped, self.bad_steps, self.skipped, self.measured = False, 0, torch.zeros(()), {}
         self.groups, self.optimizers = groups | {"count": {"skipped": self.skipped}}, optimizers
         self.config = {k: v for k, v in vars(args).items() if k not in FREE} | {"world_size": world.size}
@@ -555,6 +552,7 @@ class Run:
         self.log = Log(args, world, self.step)
         if world.rank == 0 and not args.dry_run:
             checkpoint.rewind(args.output_dir, self.step)               # last, when nothing can fail any more
+        signal.signal(signal.SIGTERM, lambda number, frame: self.stop.append(number))
 
     def announce(self, net, masters, psi):
         """Prints how many parameters train, and the first step. psi: the parameters of the discriminator."""

@@ -489,6 +489,14 @@ def test_sigterm_saves_and_exits_with_status_0(train, whole):
     assert repeatable(run.folder)[:10] == repeatable(whole[1])[:step + 1]
 
 
+def test_sigterm_before_the_first_step_ends_at_once(train):
+    """The clips here would be encoded for hours, and there is nothing to save."""
+    run = train(1, "--num_clips 1000000")
+    wait_for(run.folder / ".lock")
+    run.processes[0].terminate()
+    assert run.wait().status == -signal.SIGTERM and not checkpoints(run.folder), run.stderr
+
+
 def test_sigterm_to_one_of_two_stops_both(train):
     run = train(2, "--stage1 none --max_train_steps 1000", processes=2)
     wait_for(run.folder / "metrics.jsonl")
