@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -361,12 +361,17 @@ class Report:
                          "guidance": args.guidance, **protocol}
         print("protocol:", json.dumps(self.protocol))
         self.rows = self.earlier_rows() if args.resume and args.report and args.report.exists() else {}
-        self.reference = open_reference(
-            args, self.vae, self.load(model.load_image_encoder), self.detector, *self.shape, self.device)
-        self.shown = [self.reference.shown]                                     # SHOWN f 3 H W each
-        n, k = self.reference.features.shape
+        self.shown = []                                                         # SHOWN f 3 H W each
+
+    @cached_property
+    def reference(self):
+        """The Reference, which takes minutes. So a student is loaded first: its file may be missing."""
+        encoder = self.load(model.load_image_encoder)
+        found = open_reference(self.args, self.vae, encoder, self.detector, *self.shape, self.device)
+        n, k = found.features.shape
         if n <= k:
             print(f"{n} clips are too few for {k} features: the distances are too large", file=sys.stderr)
+        return found
 
     def load(self, loader, student=None):
         """A network of --model in the dtype of the device. student: loads these weights. --plain: keeps the
@@ -408,9 +413,10 @@ class Report:
         """Writes the rows to --report, and their picture beside it."""
         if file := self.args.report:
             write_json(file, record(self.args) | {"protocol": self.protocol, "rows": [*self.rows.values()]})
-            if len(self.shown) > 1 or not self.args.resume:
+            if self.shown or not self.args.resume:
                 # (clip row) f 3 H W: one clip of all rows, then the next clip. At half size.
-                save_sheet(torch.stack(self.shown, 1).flatten(0, 1) / 127.5 - 1, file.with_suffix(".jpg"), 2)
+                clips = torch.stack([self.reference.shown, *self.shown], 1).flatten(0, 1)
+                save_sheet(clips / 127.5 - 1, file.with_suffix(".jpg"), 2)
 
 
 def record(args):

@@ -254,6 +254,14 @@ def test_fvd_resumes_the_rows_of_the_same_student(small, tmp_path, monkeypatch, 
         evaluate.main()
 
 
+def test_a_missing_student_is_reported_before_clips_are_measured(small, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_reference", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "fvd", "--model", str(small[0]), "--device", "cpu",
+                                      "--student", "nowhere", "--width", "64", "--height", "64"])
+    with pytest.raises(ModelError, match="nowhere: no such folder"):
+        evaluate.main()
+
+
 def test_networks_that_return_nan(small):
     """Frames of 8 bits would hide it: NaN becomes black."""
     folder, unet = small
