@@ -43,7 +43,7 @@ import sampler
 from lora import load_student
 from solver import NUM_SIGMAS, karras_sigmas, strided
 from support import checkpoint, engine
-from support.checkpoint import ModelError, load_network, save_network, write_json
+from support.checkpoint import ModelError, load_network, write_json
 from support.kernels import fast
 from support.media import save_sheet
 from toy.detector import VideoClassifier
@@ -60,11 +60,8 @@ SHOWN = 3                                                       # clips per row 
 # Detector
 
 
-save_detector = save_network
-
-
 def load_detector(path, device="cpu"):
-    """The detector at a path: a folder written by save_detector, or a TorchScript file of I3D. "i3d" fetches
+    """The detector at a path: a folder written by save_network, or a TorchScript file of I3D. "i3d" fetches
     the file from the hub. A TorchScript file can run code: load only files from a source you trust. Raises
     ModelError, also for a network that does not take two short clips or does not return features [2 k]."""
     try:
@@ -134,10 +131,10 @@ def frechet_distance(features_real: Tensor, features_fake: Tensor) -> float:
 def bootstrap(figures, values, rounds: int = 40, seed: int = 0):
     """The figures of `rounds` resamplings of the clips -> {name: list of numbers}.
 
-    figures(values) -> {name: number}; values: {name: one row per clip}. Row i of all of them belongs to the
-    same first frame, so all are resampled with the same indices. The indices depend only on the seed and the
-    number of clips, so the draws of two samplers are paired. The mean over the resamplings is not used:
-    repeated clips make a distance larger than it is.
+    figures(values) -> {name: number}; values: {name: one row per clip}. Row i of each belongs to the same
+    first frame, so all are resampled with the same indices, modulo the length of a shorter one. The indices
+    depend only on the seed and the number of clips, so the draws of two samplers are paired. The mean over
+    the resamplings is not used: repeated clips make a distance larger than it is.
     """
     generator, n = torch.Generator().manual_seed(seed), max(map(len, values.values()))
     draws = torch.randint(n, (rounds, n), generator=generator)
@@ -203,6 +200,8 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
         kept["ends"].append(frames[:, [0, -1]].cpu())
         kept["features"].append(video_features(detector, frames))
         kept["shown"].append(frames[numbers < SHOWN].cpu())
+    if (n := args.num_clips) <= (k := kept["features"][0].shape[1]):
+        print(f"{n} clips are too few for {k} features: the distances are too large", file=sys.stderr)
     cond = model.Cond(*map(torch.cat, zip(*conds)))
     return Reference(cond=cond, scene=start, **{name: torch.cat(parts) for name, parts in kept.items()})
 
@@ -216,8 +215,8 @@ def parse_sampler(name, is_teacher, guidance):
 
     "8" is 8 steps: of the guided solver for a teacher, of consistency sampling for a student. Both use 8 of
     the NUM_SIGMAS noise levels of training; "8 karras" uses a grid of 8 levels, as sampler.py does for a
-    teacher. "tts", "tts printed" and "tts v1" are the readouts of the Time Travel Sampler. "1 cfg W" is one
-    step of a student with guidance W. guidance: of the teacher, on the first and last frame.
+    teacher. "tts", "tts printed" and "tts v1" are the readouts of the Time Travel Sampler. "8 cfg W" is 8
+    steps of a student with guidance W. guidance: of the teacher, on the first and last frame.
     """
     word, *rest = name.split()
     steps = 1 if word == "tts" else int(word)
@@ -259,8 +258,9 @@ def measure(generate, detector, reference, seed=0, batch_size=32):
     fvd, interval       Frechet distance to the real clips, and half the width of its 95 % interval
     fvd_draws           the distances of `bootstrap`, for the difference of two rows of the same clips
     seconds             per clip, from noise to latents; the time of the decoder is the same for all samplers
-    sharpness           of the last frame: mean absolute difference of neighbouring pixels, relative to real
-    diversity           mean absolute difference of two seeds, pixels in [-1, 1], first quarter of the clips
+    sharpness           of the last frame: mean absolute difference of pixels side by side, relative to real
+    diversity           mean absolute difference of two seeds, pixels in [-1, 1], for the batches of clips
+                        that begin in the first quarter
     first_psnr          dB between the first frame and the input picture
     motion, follows     toy world: how far shapes move per frame, relative to real clips, and the
                         correlation of that with the motion bucket that was requested
@@ -366,12 +366,8 @@ class Report:
     @cached_property
     def reference(self):
         """The Reference, which takes minutes. So a student is loaded first: its file may be missing."""
-        encoder = self.load(model.load_image_encoder)
-        found = open_reference(self.args, self.vae, encoder, self.detector, *self.shape, self.device)
-        n, k = found.features.shape
-        if n <= k:
-            print(f"{n} clips are too few for {k} features: the distances are too large", file=sys.stderr)
-        return found
+        return open_reference(self.args, self.vae, self.load(model.load_image_encoder), self.detector,
+                              *self.shape, self.device)
 
     def load(self, loader, student=None):
         """A network of --model in the dtype of the device. student: loads these weights. --plain: keeps the
@@ -492,7 +488,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     samplers = r"tts( printed| v1)?|[1-9]\d?( cfg \d\d?(\.\d+)?)?" if args.student else r"[1-9]\d?( karras)?"
     if not re.fullmatch(samplers, args.sampler):
-        parser.error(f"--sampler {args.sampler}: must be 1 to 99 steps, or for a --student tts or 1 cfg W")
+        parser.error(f"--sampler {args.sampler}: write 8 or 8 karras; for a --student 8, 8 cfg 1.5 or tts")
     return args
 
 

@@ -166,7 +166,7 @@ LIMITS = {flag: (low, high) for low, high, flags in (
     (0, 10 ** 9, "warmup_steps warmup"),
     (1, 4096, "lora_rank vae_channels unet_channels"),
     (1, 1000, "num_frames num_videos steps decode_chunk_size validation_teacher_steps"),
-    (1, 1000, "workers jobs gpus repeats num_solver_steps gradient_accumulation_steps"),
+    (1, 1000, "workers gpus repeats num_solver_steps gradient_accumulation_steps"),
     (16, 8192, "width height size"),
     (1, 120, "fps"),
     (1, 255, "motion_bucket_id"),

@@ -36,7 +36,7 @@ from tools.tables import RATES, ROOT, SHIPPED, TABLE1, TABLE2
 # sampler, the run "osv" has a lower distance than the row on the right.
 ORDERINGS = re.findall(r"(\S.*?): (.+?) < (.+?)[;\n]", """
 one step beats 1 of the teacher: 1 < teacher, 1; one step beats 2 of the teacher: 1 < teacher, 2
-one step beats 8 of the teacher: 1 < teacher, 8; one step beats 4 of the teacher: 1 < teacher, 4
+Time Travel beats 8 of the teacher: tts < teacher, 8; Time Travel beats 8 of AnimateLCM: tts < AnimateLCM, 8
 Time Travel beats one plain step: tts < osv, 1; Time Travel beats two plain steps: tts < osv, 2
 two stages beat stage 1 alone: tts < stage 1 alone, tts
 two stages beat stage 2 alone: tts < stage 2 alone, tts
@@ -46,7 +46,8 @@ guidance of 1.5 hurts a student: 1 < osv, 1 cfg 1.5; guidance of 3 hurts more: 1
 latents do better than decoded frames: tts < pixel (VAE decoder), tts
 one step beats one of AnimateLCM: 1 < AnimateLCM, 1; one step beats one of SF-V: 1 < SF-V, 1
 one step beats one of AnimateLCM: 1 < AnimateLCM 5e-4, 1; one step beats one of SF-V: 1 < SF-V 1e-4, 1
-""")                                                            # of two learning rates, only one is there
+Time Travel beats 8 of AnimateLCM: tts < AnimateLCM 5e-4, 8
+""")                                            # over_seeds keeps one learning rate of each baseline
 FIGURES = "fvd", "seconds", "sharpness", "diversity", "motion", "first_psnr"
 # The rows of the README, and what they are called there.
 HEADLINE = {("real", "other futures"): "other real futures", ("teacher", "25"): "teacher, 25 steps",
@@ -99,8 +100,8 @@ def bad_difference(a, b, clips):
 def compared(row, other, clips):
     """How two rows of over_seeds differ -> cells of the columns fvd_difference and bad_difference, as `span`
     writes them, and fvd_here and bad_here: whether the first has less. Rows of the same training seed are
-    compared; the single row of the teacher or of real clips is compared with each. A figure is left out if
-    rows lack it, as those of real videos and of reports from before 2026-11-29 do, or have no seed in common.
+    compared; the single row of the teacher or of real clips is compared with each. Figures are left out that
+    rows lack (real videos, old reports) or for which no seed is common.
     """
     pairs = [(a, b) for a in row["rows"] for b in other["rows"]
              if a["seed"] == b["seed"] or 1 in (len(row["rows"]), len(other["rows"]))]

@@ -13,19 +13,15 @@
     trained                     trains a student, or finds it in --work
     measure_table               trains and measures all rows
 
-A row is measured as soon as its student is trained, while the next ones train. So its seconds per clip mean
-little; those of `student` are not disturbed. --jobs trains several students at the same time.
+A row is measured as soon as its student is trained. --resume keeps the rows of an earlier call, and training
+continues from the last checkpoint.
 """
 import hashlib
 import math
 import signal
+import subprocess
 import sys
-import threading
-import time
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from subprocess import Popen
 
 import model
 from evaluate import ROOT, UNSEEN, Report, fingerprint, report_flags, to_bytes
@@ -72,7 +68,6 @@ RUNS |= {f"osv x {times}": tuple(MORE(times * steps) for steps in STEPS) for tim
 RUNS |= {f"{BETTER} x {times}": (None, RUNS[BETTER][1] + MORE(times * TIME / PACE["AnimateLCM"]))
          for times in (2.5, 6, 14)}
 SHIPPED_SECONDS = 699                                       # on one H200, see docs/training.md
-LOCKS = defaultdict(threading.Lock)         # one per folder: two runs may need the same stage 1
 
 
 def fingerprints(path):
@@ -85,15 +80,10 @@ def fingerprints(path):
             "teacher_sha256": fingerprint(model.load_unet(path))[:8]}
 
 
-def trained(run, seed, args, protocol, stop):
-    """The folder of a run's UNet, and the seconds that its stages trained. Trains the stages that --work
-    lacks. The seconds are steps times the seconds per step in the fastest logged interval after the first:
-    other trainings on the GPU, checkpoints and the start of a resumed run only make an interval slower. So
-    the run alone on the GPU would take at most as long.
-
-    stop: a list that all runs of a table share; empty until one of them fails or the program ends. Then no
-    training begins, and those that run get a SIGTERM: they save and end. Raises ModelError with the first
-    message in it."""
+def trained(run, seed, args, protocol):
+    """The folder of a run's UNet, and the seconds that its stages trained: steps times the seconds per step
+    in the fastest logged interval after the first: checkpoints, and the start of a resumed run, only make an
+    interval slower. Trains the stages that --work lacks. Raises ModelError."""
     stage1, seconds = "none", 0.0
     for stage, (budget, flags) in enumerate(zip((args.stage1, args.stage2), RUNS[run]), start=1):
         if flags is None:
@@ -105,19 +95,13 @@ def trained(run, seed, args, protocol, stop):
         name = hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
         folder = args.work / "-".join([name, protocol["sources"], protocol["teacher_sha256"]])
         student = folder / "merged" / "config.json"     # written last
-        with LOCKS[folder]:
-            if not student.exists() and not stop:
-                command += ["--device", str(args.device), "--output_dir", str(folder)]
-                print(*command, flush=True)
-                # In a session of its own a trainer gets no Ctrl-C, at which it would end without saving.
-                child = Popen([sys.executable, ROOT / command[0], *command[1:]], start_new_session=True)
-                while child.poll() is None and not stop:
-                    time.sleep(0.1)
-                child.terminate()                       # does nothing if it has ended
-                child.wait()
-            if not student.exists():                    # also after exit status 0: SIGTERM, --dry_run
-                stop.append(f"{run}: training failed or was stopped, see above; run the same command again")
-                raise checkpoint.ModelError(stop[0])
+        if not student.exists():
+            command += ["--device", str(args.device), "--output_dir", str(folder)]
+            print(*command, flush=True)
+            subprocess.call([sys.executable, ROOT / command[0], *command[1:]])      # killed by an exception
+        if not student.exists():                        # also after exit status 0: SIGTERM
+            raise checkpoint.ModelError(f"{run}: training failed or was stopped, see above; "
+                                        "run the same command again")
         lines = checkpoint.read_lines(folder / "metrics.jsonl", s_per_step=float)
         steps = [int(path.name[-7:]) for path in folder.glob(checkpoint.CHECKPOINTS)]
         pace = min((line["s_per_step"] for line in lines[1:]), default=math.nan)
@@ -176,20 +160,13 @@ def measure_table(table, args, protocol):
         clips = toy_clips(world_seed, numbers, f, size, report.device, motion_seed=world_seed + 1 + seed)
         return to_bytes(clips.frames), 0
 
-    pool, stop = ThreadPoolExecutor(args.jobs), []
-    try:
-        students = {student: pool.submit(trained, *student, args, report.protocol, stop)
-                    for student in dict.fromkeys((run, seed) for run, _, seed in rows if run in RUNS)}
-        for run, name, seed in rows:
-            student, seconds = (STUDENT, SHIPPED_SECONDS) if run == "shipped" else (None, None)
-            if run in RUNS:
-                student, seconds = students[run, seed].result()
-            sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
-            pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
-            report.add(run, name, seed, *sampler, pictured=pictured, training_seconds=seconds)
-    finally:
-        stop.append("the program ends")
-        pool.shutdown(cancel_futures=True)              # waits for the trainings, which save
+    for run, name, seed in rows:
+        student, seconds = (STUDENT, SHIPPED_SECONDS) if run == "shipped" else (None, None)
+        if run in RUNS:
+            student, seconds = trained(run, seed, args, report.protocol)
+        sampler = (0, 0, other_futures) if run == "real" else report.sampler(name, student)
+        pictured = seed == args.seeds[0] and (args.what == "table2" or f"{run} {name}" in PICTURED)
+        report.add(run, name, seed, *sampler, pictured=pictured, training_seconds=seconds)
 
 
 def main():
@@ -202,9 +179,8 @@ def main():
     flag("--work", type=Path, default="out/tables", help="where students are trained, and kept")
     flag("--stage1", default=f"--max_train_steps {STEPS[0]}" + BUDGET, help="flags of each train_stage1.py")
     flag("--stage2", default=f"--max_train_steps {STEPS[1]}" + BUDGET, help="flags of each train_stage2.py")
-    flag("--jobs", default=1, help="trainings at a time, which share the GPU")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # ends like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # ends the training like Ctrl-C
     tables = {"student": SHIPPED, "table1": TABLE1, "budgets": BUDGETS,
               "table2": [FLOOR, *(row for name in args.rows for row in TABLE2[name])]}
     # FLOOR needs other futures of the same first frames, which real videos do not have.
