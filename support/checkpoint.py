@@ -218,7 +218,7 @@ def read_safetensors(files, metadata=None):
             raise ModelError(f"{file}: a pickle, which can run code when it is opened: get its .safetensors")
         require_file(file)
         try:
-            file.open("rb").close()                 # safe_open calls every file that it cannot open missing
+            file.open("rb").close()                 # safe_open would call a file without permission missing
             with safe_open(file, framework="pt") as tensors:
                 if metadata is not None:
                     metadata.update(tensors.metadata() or {})
@@ -250,7 +250,7 @@ def misfit(content, types):
 
 def read_json(file, **types):
     """The object in a JSON file, as a dictionary. types: the type of each key that must be there. Raises
-    ModelError for a missing or broken file or another type, OSError as above."""
+    ModelError for a missing or broken file or another type, OSError for one that cannot be read."""
     require_file(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -393,7 +393,7 @@ def save_checkpoint(folder, step, tensors, config, keep):
     """Writes checkpoint-STEP completely or not at all, and deletes all but the last `keep` checkpoints."""
     with replacing(folder / f"checkpoint-{step:07d}") as part:
         write_safetensors(part / "state.safetensors", tensors)
-        write_json(part / "state.json", {"step": step, "config": config, "tensors": len(tensors)})
+        write_json(part / "state.json", {"step": step, "config": config})
     flush(folder)
     for old in sorted(folder.glob(CHECKPOINTS))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -421,11 +421,9 @@ def load_checkpoint(folder, which, config, restore=lambda tensors: None, restart
     candidates += [] if which in ("latest", "none") else [Path(which)]
     for path in candidates:
         try:
-            state = read_json(path / "state.json", step=int, config=dict, tensors=int)
+            state = read_json(path / "state.json", step=int, config=dict)
             if not (differ := changes(state["config"], config)):
                 tensors = dict(read_safetensors([path / "state.safetensors"]))
-                if len(tensors) != state["tensors"]:
-                    raise ModelError(f"{path}: {len(tensors)} of {state['tensors']} tensors")
                 if path.match(CHECKPOINTS) and path.name != f"checkpoint-{state['step']:07d}":
                     raise ModelError(f"{path}: its step is {state['step']}")
                 restore(tensors)

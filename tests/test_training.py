@@ -431,8 +431,7 @@ def test_checkpoint_names(whole, stage):
                  *[f"ema.{path}.lora_B.weight"] * (stage == 2)):
         assert name in tensors, name
     facts = json.loads((whole[stage] / "checkpoint-0000010" / "state.json").read_text())
-    assert list(facts) == ["step", "config", "tensors"]
-    assert facts["step"] == 10 and facts["tensors"] == len(tensors)
+    assert list(facts) == ["step", "config"] and facts["step"] == 10
     assert facts["config"]["world_size"] == 1 and not set(facts["config"]) & set(engine.FREE)
 
 
