@@ -129,7 +129,7 @@ if triton:
     @triton.jit
     def _normalise_kernel(x, shift, weight, bias, statistics, out, L, C, rows, chunks, size,
                           ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
-        """Normalises a chunk. The last chunk is first, as _moments_kernel has just read it into the cache."""
+        """Normalises a chunk. The last one comes first: _moments_kernel has just read it into the cache."""
         n, first, count, c, start, row, offsets = _tile(
             tl.num_programs(0) - 1 - tl.program_id(0), L, C, rows, chunks, ROWS, BLOCK)
         x += start
@@ -528,9 +528,7 @@ class Residual(Fused):
         return grad if ctx.needs_input_grad[0] else None, grad_y, grad_bias, grad_scale
 
 
-def residual(x, y, bias=None, scale=None):
-    """x + scale * (y + bias) in one pass over memory, see Residual."""
-    return Residual.run(x, y, bias, scale)
+residual = Residual.run                 # x + scale * (y + bias) in one pass over memory
 
 
 def add_tokens(x, y, row):
@@ -563,7 +561,7 @@ class GEGLU(Fused):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, = ctx.saved_tensors                      # once: with checkpointing, each access computes it
+        x, = ctx.saved_tensors                      # read once: under checkpointing each access recomputes it
         grad_x = torch.empty_like(x)
         launch_tiles(_geglu_backward_kernel, grad.numel(), grad.shape[-1], x, grad.contiguous(), grad_x)
         return grad_x

@@ -16,13 +16,15 @@
 | VAE: Upsample                    | doubling and convolution                              | 31.73 | 9.08 |
 
 Milliseconds of one forward pass in bf16 on an H200, 14 frames at the finest level: 320 channels of 72x128 in
-the UNet, 128 channels of 576x1024 in the VAE (results/layers.json, `python tests/kernel_speed.py layers`).
+the UNet; in the VAE 128 channels of 576x1024, for Upsample 256 of 288x512 (results/layers.json, `python
+tests/kernel_speed.py layers`).
 
 Nothing here changes the method. Each class below computes what its parent in model.py computes, with the same
 parameters under the same names, in fewer passes over memory. On tensors that the kernels cannot take (on a
-CPU, in fp64, under torch.compile, see fused.has_kernels) it calls the parent's own forward. So a reader who
-wants to know the method can close this file, and a reader who changes a layer in model.py tries it first with
---plain, which leaves fast() out.
+CPU, in fp64, under torch.compile, see fused.has_kernels) it calls the parent's own forward; FastTemporalConv
+and FoldedUpsample compute theirs in another order there too. So a reader who wants to know the method can
+close this file, and a reader who changes a layer in model.py tries it first with --plain, which leaves fast()
+out.
 
 Two ideas explain most of it. PyTorch adds the bias of a convolution in a separate pass over its output; here
 the convolution runs without its bias, and the next fused kernel adds it. And with channels last in memory a

@@ -197,6 +197,4 @@ def upsample_normalize(x, size, mean, std, dtype=None):
         return FusedUpsampleNormalize.apply(x, tuple(size), tuple(mean), tuple(std), dtype)
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, std = (torch.tensor(v, dtype=compute, device=x.device).view(3, 1, 1) for v in (mean, std))
-    if not len(x):                                  # F.interpolate raises an error for an empty batch
-        return x[:, :, :1, :1].expand(0, 3, *size).to(dtype)
     return ((F.interpolate(x.to(compute), tuple(size), mode="bilinear") - mean) / std).to(dtype)

@@ -22,7 +22,7 @@ from torch import nn
 
 import evaluate
 import model
-from support.checkpoint import ModelError
+from support.checkpoint import ModelError, save_network
 
 plug = graders.plug
 show = importlib.import_module("show")          # in exercises/, which test_exercises.py adds to the path
@@ -1009,7 +1009,7 @@ def test_capstone(run, tmp_path):
     model.save_vae(randomize(model.VAE(**vae_config(sample_size=32))), folder / "vae")
     small_image_encoder().save_pretrained(folder / "image_encoder")
     model.save_configs(folder)
-    evaluate.save_detector(evaluate.VideoClassifier(5, (8, 8, 16, 16), 32), folder / "i3d")
+    save_network(evaluate.VideoClassifier(5, (8, 8, 16, 16), 32), folder / "i3d")
     Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=28,
                              patch_size=14)).save_pretrained(folder / "dinov2")
     answers = tmp_path / "answers"

@@ -13,6 +13,7 @@ from torch import nn
 import data
 import evaluate
 import model
+from support.checkpoint import save_network
 from toy import world
 
 TINY = ["--quick", "--device", "cpu", "--size", "32", "--vae_steps", "2", "--image_encoder_steps", "4",
@@ -43,7 +44,7 @@ def test_frechet_distance_of_known_gaussians():
 
 def test_detector_on_and_off_the_disk(tmp_path):
     detector = evaluate.VideoClassifier(world.NUM_ATTRIBUTES, channels=(8, 8, 16, 16), size=32).eval()
-    evaluate.save_detector(detector, tmp_path / "i3d")
+    save_network(detector, tmp_path / "i3d")
     loaded = evaluate.load_detector(tmp_path / "i3d")
     pixels = torch.rand(2, 3, 6, 32, 32) * 255
     with torch.no_grad():
@@ -51,7 +52,6 @@ def test_detector_on_and_off_the_disk(tmp_path):
         assert logits.shape == (2, world.NUM_ATTRIBUTES)
         assert torch.equal(logits, detector(pixels))
         torch.testing.assert_close(loaded(pixels / 127.5 - 1, rescale=False), logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(loaded(pixels, return_features=False), logits.sigmoid())
         assert loaded(torch.rand(1, 3, 14, 50, 40) * 255).shape == (1, world.NUM_ATTRIBUTES)     # resized
     frames = torch.rand(3, 6, 3, 32, 32) * 2.4 - 1.2
     features = evaluate.video_features(loaded, frames, batch_size=2)

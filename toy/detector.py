@@ -24,8 +24,7 @@ class VideoClassifier(nn.Module):
         self.head = nn.Linear(c4 // 2 * 4 * 4, num_classes)         # on a 4x4 map, to keep positions
 
     def forward(self, x: Tensor, rescale=True, resize=True, return_features=True) -> Tensor:
-        """x [b 3 f H W] -> logits [b k], or probabilities if not return_features. I3D's script has the same
-        arguments.
+        """x [b 3 f H W] -> logits [b k]. I3D's script has the same arguments; return_features does nothing.
 
         rescale: x is in [0, 255] instead of [-1, 1]. resize: frames are resized to config["size"].
         """
@@ -36,5 +35,4 @@ class VideoClassifier(nn.Module):
             frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
             x = rearrange(frames, "(b f) c h w -> b c f h w", b=len(x))
         x = self.mix(self.stages(self.stem(x.to(self.head.weight.dtype)))).mean(dim=2)      # b c h w
-        logits = self.head(F.adaptive_avg_pool2d(x, 4).flatten(1))                          # b k
-        return logits if return_features else logits.sigmoid()
+        return self.head(F.adaptive_avg_pool2d(x, 4).flatten(1))                            # b k

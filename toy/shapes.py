@@ -1,10 +1,10 @@
-"""A yardstick for shapes in the toy world: whether they stay whole, keep their look, and move as asked.
+"""Measures whether the shapes of toy clips stay whole, keep their look, and move as asked.
 
     inspect     clips with their scenes and motion buckets -> which clips have which defect
     segment     the pixels that have the colour of a shape
     outlines    the distance of each pixel to the outline of a shape
     fit         the centre of each shape
-    damages     clips that are damaged in eight ways, to test this and other yardsticks
+    damages     clips that are damaged in eight ways, to test this and other measures
 
 The renderer knows what every clip must show: the kind, colour and size of its shapes, and how they roll. Only
 the centre of a shape is free, because a first frame has many futures. So each shape is found by its colour,
@@ -19,7 +19,7 @@ A shape is judged in the frames where at least VISIBLE of it is in front. Its de
     colour      the mean colour inside of its outline has another hue
     astray      its centre moves more than 2 units too far in one step, or too little in three steps
 
-The limits are those that clips of 128x128 from the renderer pass. The VAE alone makes 1 clip in 10 fail.
+The limits are for clips of 128x128: 3 of 2,048 from the renderer fail. The VAE alone makes 1 in 10 fail.
 
 Letters in shape comments: b clips, f frames, n shapes, k colours, c colour channels, h w pixels.
 """

@@ -5,7 +5,7 @@ In the order in which they are trained, each in its own sub-folder:
     vae             pixels <-> latents, 8x smaller, with a temporal decoder
     image_encoder   CLIP's architecture; learns to list what the first frame shows
     dinov2          DINOv2's architecture, for the discriminator (see below)
-    i3d             a video classifier; the toy FVD compares its logits
+    i3d             a video classifier; toy-FVD compares its logits
     unet            the teacher: EDM v-prediction on latents; 1 in 10 clips has no image condition
     report          no training: measures the networks, writes JSON and pictures
 
@@ -172,7 +172,7 @@ def train(stage, net, loss_of):
 def graph_calls(net, *example):
     """Replaces forward and backward of `net` by CUDA graphs, on a GPU. The layers are so small that launch
     overhead on the CPU limits the speed. example: tensors like the arguments of its calls in training."""
-    if device.type == "cuda":                   # unused: parameters without influence, such as attn2.to_q
+    if device.type == "cuda":       # unused inputs: parameters without influence on the output, as attn2.to_q
         torch.cuda.make_graphed_callables(net.to(dtype).train(), example, allow_unused_input=True)
 
 
@@ -321,7 +321,7 @@ def train_i3d():
         return F.binary_cross_entropy_with_logits(logits.float(), batch.attributes)
 
     train("i3d", detector, i3d_loss)
-    publish("i3d", detector, evaluate.save_detector)
+    publish("i3d", detector, checkpoint.save_network)
 
 
 # ---- unet -----------------------------------------------------------------------------------------------
