@@ -2,10 +2,10 @@
 
     f(x_t, sigma) = c_skip x_t + c_out F(c_in x_t; c_noise, cond)               OSV Eq. 4
 
-The boundary condition is f(x, 0) = x, exactly, for every network. The network is a function
-net(inputs, c_noise, image_embeds, time_ids) -> F [b f c h w]:
+The boundary condition is f(x_t, 0) = x_t, exactly, for every network. The network is a function
+net(x, c_noise, image_embeds, time_ids) -> F [b f c h w]:
 
-    inputs          b f 2c h w      the scaled noisy latent, then cond.image_latents, not scaled
+    x               b f 2c h w      the scaled noisy latent, then cond.image_latents, not scaled
     c_noise         b               one number for each clip
 
 x_t [b f c h w]; sigma is a number or [b] -> f [b f c h w], fp32, also for bf16 inputs. solver.per_clip

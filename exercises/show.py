@@ -34,9 +34,9 @@ COLOURS = ["#1f5fa8", "#d9730d", "#2f8a4c", "#a83279", "#777777"]
 def network(estimate, calls=None):
     """A network whose f is estimate(x, sigma, cond). calls: a list, to which each call appends
     (sigma, x, f)."""
-    def net(inputs, c_noise, image_embeds, time_ids):
+    def net(x, c_noise, image_embeds, time_ids):
         sigma = (4 * c_noise).exp().view(-1, 1, 1, 1, 1)
-        x, cond = inputs.chunk(2, dim=2)
+        x, cond = x.chunk(2, dim=2)
         x = x * (sigma ** 2 + 1).sqrt()
         f = estimate(x, sigma, cond)
         if calls is not None:
@@ -91,7 +91,7 @@ def ex02(figure, answer):
 
 def ex03(figure, answer):
     panel, (x, cond) = figure.subplots(), clips(torch.linspace(-3, 3, 200))
-    net = lambda inputs, *_: (4 * inputs[:, :, :1]).sin()
+    net = lambda x, *_, **__: (4 * x[:, :, :1]).sin()
     for sigma, colour in zip((5.0, 1.0, 0.3, 0.1), COLOURS):
         f = answer.consistency(net, x, sigma, cond)
         panel.plot(x.flatten(), f.flatten(), color=colour, label=f"sigma = {sigma:g}")

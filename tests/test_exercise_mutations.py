@@ -841,6 +841,17 @@ def test_own_answers_in_other_forms_pass(tmp_path):
             plug.plug({"hinge_d": LIBRARY["hinge_d"]})
 
 
+def test_answers_may_pass_arguments_by_name(tmp_path):
+    """By the names in the stub, which are those of the UNet that trains in the capstone."""
+    answer = mutant("consistency", "net(inputs, c_noise.flatten(), cond.image_embeds, cond.time_ids)",
+                    "net(x=inputs, c_noise=c_noise.flatten(), image_embeds=cond.image_embeds, "
+                    "time_ids=cond.time_ids)")
+    assert not any(verdicts("consistency", answer))
+    show.show("ex03_consistency", {"consistency": answer}, tmp_path / "picture.png")
+    names = ", ".join(inspect.signature(model.UNet.forward).parameters)
+    assert f"net({names.removeprefix('self, ')})" in (plug.ROOT / "exercises/ex03_consistency.py").read_text()
+
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_stubs_fail_each_of_their_tests(name):
     assert graders_of(name)

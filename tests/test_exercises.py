@@ -144,16 +144,16 @@ class KnownNet:
     def __init__(self, mean):
         self.mean, self.calls, self.inputs = mean, [], []
 
-    def __call__(self, inputs, c_noise, image_embeds, time_ids):
+    def __call__(self, x, c_noise, image_embeds, time_ids):
         __tracebackhide__ = True
-        b = len(inputs)
+        b = len(x)
         if list(c_noise.shape) != [b]:
             fail("c_noise", f"shape {list(c_noise.shape)}, should be {[b]}", "one number per clip")
         if not b == len(image_embeds) == len(time_ids):
             fail("the batch", f"{b} latents and {len(image_embeds)} conditions", "as many as clips")
-        self.inputs.append(inputs)
+        self.inputs.append(x)
         sigma = (4 * c_noise.double()).exp().view(-1, 1, 1, 1, 1)
-        x, mu = inputs.double().chunk(2, dim=2)
+        x, mu = x.double().chunk(2, dim=2)
         x = x * (sigma ** 2 + 1).sqrt()
         self.calls.append((x, sigma.flatten(), image_embeds, time_ids))
         x0 = self.mean(x, sigma, mu, image_embeds.double().mean((1, 2)).view(-1, 1, 1, 1, 1))
@@ -340,7 +340,7 @@ def test_ex02_design_boundary(skip_and_out):
 def test_ex03_boundary(consistency):
     x, cond = torch.randn(2, 3, 4, 4, 5), make_cond()
     for raw in (torch.randn_like(x), torch.full_like(x, 1e30)):
-        expect("f(x, 0), which is x,", consistency(lambda *_: raw, x, 0.0, cond), x,
+        expect("f(x, 0), which is x,", consistency(lambda *_, **__: raw, x, 0.0, cond), x,
                "c_skip and c_out at 0", 0)
 
 
@@ -388,13 +388,14 @@ def test_ex03_precision(consistency):
            "c_in x_t is fp32; the network may round")
     expect("f of a bf16 x_t", actual, (S ** 2 * x.double() + square * mu) / (S ** 2 + square),
            "from bf16 to fp32 first, then the arithmetic", 1e-3)
-    expect("f of a bf16 output", consistency(lambda x, *_: x[:, :, :4].bfloat16() * 0 + 1, x, 2.0, cond),
+    net = lambda x, *_, **__: x[:, :, :4].bfloat16() * 0 + 1
+    expect("f of a bf16 output", consistency(net, x, 2.0, cond),
            0.2 * x.double() - 0.8 ** 0.5, "c_out F is fp32, whatever F is", 1e-5)
 
 
 def test_ex03_gradient_reaches_the_network(consistency):
     gain = torch.ones((), requires_grad=True)
-    net = lambda x, *_: gain * x[:, :, :4]
+    net = lambda x, *_, **__: gain * x[:, :, :4]
     x0_pred = consistency(net, torch.randn(2, 3, 4, 4, 5), 2.0, make_cond())
     require("f has a graph", x0_pred.requires_grad, "no no_grad, no detach: this is what trains")
     x0_pred.sum().backward()
@@ -1269,7 +1270,7 @@ def test_ex12_k_steps(sample):
 
 def test_ex12_never_trains(sample, time_travel):
     gain = torch.ones((), requires_grad=True)
-    net, far, near = lambda x, *_: gain * x[:, :, :4], torch.tensor(700.0), torch.tensor(14.8)
+    net, far, near = lambda x, *_, **__: gain * x[:, :, :4], torch.tensor(700.0), torch.tensor(14.8)
     for x0 in (sample(net, make_cond(), torch.tensor([700.0, 0.0]), generators()),
                time_travel(net, make_cond(), far, near, generators())):
         require("samples have no graph", not x0.requires_grad, "torch.no_grad")
