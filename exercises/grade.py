@@ -161,7 +161,7 @@ def reasons(result):
     # A SyntaxError begins with its file, here a temporary copy, and the line of code; the reason comes last.
     reason = lambda text: re.sub(r'^ *File ".*", (line \d+)\n(?: .*\n)*', r"\1: ", text).splitlines()[0][:150]
     other = [f"{name[:4]}: {reason(text)}" for name, (passed, _, text) in result.items()
-             if text and not passed and text != MISSING and not text.startswith(STUB)]
+             if text and not passed and text.partition("\n")[0] not in (MISSING, STUB)]
     return [f"missing: {' '.join(missing)}"] * (0 < len(missing) < len(result)) + other
 
 
@@ -213,7 +213,9 @@ def show(result, folder):
     left = [(name, text) for name, (passed, tests, text) in result.items() if passed < tests]
     if left:
         name, text = left[0]
-        print(f"\nnext, {name}.py: {'to be written' if text.startswith(STUB) else text}")
+        # The traceback ends in the function that is a stub. Others of the file may be written.
+        stub = re.match(rf"{STUB}\n(?s:.*){name}\.py:(\d+): in (\w+)$", text, re.MULTILINE)
+        print(f"\nnext, {name}.py: {f'to be written ({stub[2]}, line {stub[1]})' if stub else text}")
     if left and len(result) > 1:
         where = "" if folder.resolve() == HERE else f"{folder} "
         print(f"python exercises/grade.py {where}{name[:4]}")

@@ -203,10 +203,16 @@ def test_no_cell_is_a_formula(tmp_path, monkeypatch):
 
 
 def test_the_overview_names_the_next_exercise(capsys):
-    stubs = {name: (0, 2, "NotImplementedError: here") for name in grade.POINTS}
+    stubs = {name: (0, 2, f"NotImplementedError\n{name}.py:9: in f\n    g()\n{name}.py:7: in precondition\n"
+                    "    raise NotImplementedError") for name in grade.POINTS}
     grade.show(stubs | {"ex01_karras_grid": (2, 2, "")}, grade.HERE)
     assert capsys.readouterr().out.endswith(
-        "1.0 of 27 points\n\nnext, ex02_precondition.py: to be written\npython exercises/grade.py ex02\n")
+        "1.0 of 27 points\n\nnext, ex02_precondition.py: to be written (precondition, line 7)\n"
+        "python exercises/grade.py ex02\n")
+    torch_s = "NotImplementedError: \"normal_kernel_cpu\" not implemented for 'Long'"      # not of a stub
+    grade.show({"ex09_ema": (0, 2, torch_s)}, grade.HERE)
+    assert capsys.readouterr().out.endswith(f"next, ex09_ema.py: {torch_s}\n")
+    assert grade.reasons({"ex09_ema": (0, 2, torch_s)}) == [f"ex09: {torch_s}"]
 
 
 def test_one_exercise_says_what_its_tests_say(run, tmp_path):
@@ -215,8 +221,9 @@ def test_one_exercise_says_what_its_tests_say(run, tmp_path):
     assert done.returncode == 0 and done.stdout.count("AttributeError") == 2
     assert "ex07_hinge.py:3: in hinge_d" in done.stdout and "printed:\nso far" in done.stdout
     assert "of 1 points" in done.stdout
-    stub = run("ex09")                              # the stub in exercises/
-    assert "next, ex09_ema.py: to be written" in stub.stdout and "of 1 points" in stub.stdout
+    submit(tmp_path, {"ex09_ema.py": EMA.replace("return steps / (steps + 1)", "raise NotImplementedError")})
+    stub = run(tmp_path, "ex09")
+    assert "5 of 7" in stub.stdout and "next, ex09_ema.py: to be written (decay_for, line 1)" in stub.stdout
 
 
 @pytest.mark.parametrize("words, says", [

@@ -192,7 +192,8 @@ def main():
         print(f"{name:20}{'#' * passed + '.' * (len(found) - passed):12}{passed} of {len(found)}")
         wrong = next((error for error in found.values() if error), None)
         if isinstance(wrong, NotImplementedError):
-            print(f"next, {name}.py: to be written")
+            last = traceback.extract_tb(wrong.__traceback__)[-1]
+            print(f"next, {name}.py: to be written ({last.name}, line {last.lineno})")
         elif isinstance(wrong, pytest.fail.Exception):
             print(f"next, {name}.py: {wrong}")
         elif wrong:
