@@ -541,7 +541,7 @@ def test_ex05_grid_per_clip_and_padding(solve):
     together = solve(gaussian_teacher(), x, grid, cond)
     for i, m in ((0, 4), (1, 3), (2, 2), (3, 4)):
         alone = solve(gaussian_teacher(), x[i:i + 1], grid[:m, i], pick(cond, i))
-        expect(f"clip {i} of a batch with two grids", together[i:i + 1], alone,
+        expect(f"clip {i} of a batch with a grid for each clip", together[i:i + 1], alone,
                "solver.per_clip and euler_step take [b]; what does a step from 0 to 0 divide by?", 1e-4)
 
 
@@ -912,7 +912,7 @@ def test_ex08_merged_everywhere(merge_lora):
     merge_lora(net)
     for path, layer in (("0.0", net[0][0]), ("0.1", net[0][1]), ("1.0.0", net[1][0][0])):
         require(f"the layer {path} is a plain nn.Linear", type(layer) is nn.Linear,
-                "a path has several names: set_submodule")
+                "unet.set_submodule(path, linear) follows the dots in a path")
     expect("the output of the network, merged,", net(x), before, "each layer with its own update")
     expect("the number of layers in it", sum(1 for _ in net.modules()), 8, "replaced, not added", 0)
 
@@ -977,7 +977,8 @@ def test_ex09_same_memory(update_ema):
         require(f"the average named {name} is the same tensor", ema.get(name) is tensor, "mul_, lerp_")
         require(f"the average named {name} has the same memory", tensor.data_ptr() == memory,
                 "a new tensor in .data is new memory: mul_, lerp_")
-        require(f"the average named {name} is in fp32", tensor.dtype == torch.float32, "it accumulates")
+        require(f"the average named {name} is in fp32", tensor.dtype == torch.float32,
+                "do not convert the tensors of ema")
 
 
 def test_ex09_in_place_and_by_name(update_ema):
@@ -1280,9 +1281,10 @@ def test_ex12_never_trains(sample, time_travel):
 def test_ex12_time_travel(time_travel):
     net, cond = gaussian_student(), large_cond()
     x0 = time_travel(net, cond, torch.tensor(700.0), torch.tensor(14.8), generators())
-    expect("evaluations of the Time Travel Sampler", len(net.calls), 2, "two looks", 0)
+    expect("evaluations of the Time Travel Sampler", len(net.calls), 2,
+           "one evaluation at sigma_t, one at sigma_s", 0)
     expect("the levels", torch.stack([call[1][0] for call in net.calls]), [700.0, 14.8],
-           "far, then near", 1e-4)
+           "sigma_t first, then sigma_s", 1e-4)
     (x_t, *_), (x_s, *_) = net.calls
     guess = net.mean(x_t, torch.tensor(700.0).double(), cond.image_latents, 0)
     implied, used = (x_t - guess) / 700, (x_s - guess) / 14.8
