@@ -8,9 +8,9 @@ and the scalar returned are fp32. weight [b] multiplies each clip's distances be
 consistency_weight (OSV Eq. 10): (1 / gap)^exponent, where the gap of a clip is sigma_t - sigma_s. [b],
 any precision -> [b], fp32, also in the arithmetic.
 
-exponent_within: with exponent 1, some levels weigh 20,000 times as much as others and the rest stop
-training. Find the exponent for which the largest weight is `factor` times the smallest. sigma_t, sigma_s
-[n] in any order, with at least two different gaps; factor >= 1 -> a number. Mirrors losses.py.
+exponent_within: with exponent 1 and m = 5, some levels weigh 91,000 times as much as others and the
+rest stop training. Find the exponent for which the largest weight is `factor` times the smallest. sigma_t,
+sigma_s [n] in any order, with at least two different gaps; factor >= 1 -> a number. Mirrors losses.py.
 Read before: OSV Eqs. 7 and 10; arXiv 2310.14189, Weighting functions and Pseudo-Huber metric functions.
 """
 

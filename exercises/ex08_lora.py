@@ -18,7 +18,7 @@ from torch import nn
 class LoRALinear(nn.Linear):
     def __init__(self, layer, rank, alpha):
         nn.Module.__init__(self)                    # nn.Linear's would allocate a second W and b
-        raise NotImplementedError                   # also in_features, out_features, rank, alpha, active
+        raise NotImplementedError                   # set in_features, out_features, rank, alpha, active too
 
     def forward(self, x):
         raise NotImplementedError

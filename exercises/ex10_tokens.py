@@ -2,8 +2,8 @@
 
 DinoFeatures.forward: latents [b f c h w] -> a list of maps [(b f) d h' w'], one per depth in self.levels.
 1. Frames become a batch, (b f) c h w; self.to_rgb maps them to 3 channels.
-2. discriminator.upsample_normalize(x, size, mean, std) resizes to self.size_for(h, w) and normalises. The
-   latents are in [-1, 1]; IMAGENET_MEAN and IMAGENET_STD are those of pixels in [0, 1]: convert them.
+2. discriminator.upsample_normalize(x, size, mean, std) resizes to self.size_for(h, w) and normalises. Take
+   the 3 channels to be in [-1, 1]; IMAGENET_MEAN and IMAGENET_STD are for pixels in [0, 1]: convert them.
 3. self.backbone(pixel_values=..., output_hidden_states=True).hidden_states[depth] is n (1 + patches) d: the
    CLS token, then the patches row by row. A patch is self.patch pixels wide.
 4. The patches become a map n d h' w'; the CLS token is added to each patch.

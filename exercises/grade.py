@@ -1,7 +1,7 @@
 """Grades answers: your own, or those of a class.
 
     $ python exercises/grade.py                                 # exercises/: what passes, what is next
-    $ python exercises/grade.py ex03                            # one exercise, and what its tests say
+    $ python exercises/grade.py ex03                            # one exercise, and its first complaint
     $ python exercises/grade.py --show ex03                     # its picture, into out/ex03.png
     $ python exercises/grade.py submissions --csv grades.csv    # a row for each folder in submissions/
 
@@ -292,7 +292,7 @@ def run_main():
     except (Problem, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; the rows so far are written", 130)
+        fail("interrupted", 130)
 
 
 if __name__ == "__main__":

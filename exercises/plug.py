@@ -5,7 +5,7 @@
     plug(chosen)    replaces library functions by the given ones, in every module that imported them
     watching(names) notices calls of the library's own functions
 
-An answer must be written. It may call everything in the library but the function that it answers.
+An answer is code of its own: it may call everything in the library but the function that it answers.
 """
 import functools
 import importlib.util
@@ -80,8 +80,8 @@ def library():
     return {name: getattr(module, name) for module, *names in EXERCISES.values() for name in names}
 
 
-# The code that an answer must not be or call, if it is more, or less, than library()[name]. An answer may
-# inherit from DinoFeatures and from TemporalHead's base class, as the stubs do.
+# The library's code that an answer must not be or call: library()[name], except for the names below. An
+# answer may inherit from DinoFeatures and from TemporalHead's base class, as the stubs do.
 RESIZES = upsample_backward, upsample.upsample_normalize, upsample.FusedUpsampleNormalize
 KERNELS = [upsample._forward_kernel.fn, upsample._backward_kernel.fn] if upsample.triton else []
 OWN_CODE = {name: (function,) for name, function in library().items()} | {
