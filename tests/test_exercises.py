@@ -1289,7 +1289,7 @@ def test_ex12_time_travel(time_travel):
     guess = net.mean(x_t, torch.tensor(700.0).double(), cond.image_latents, 0)
     implied, used = (x_t - guess) / 700, (x_s - guess) / 14.8
     share = (used * implied).mean() / implied.square().mean()
-    expect("the share of the implied noise in the second look", share, 0.5,
+    expect("the share of the implied noise in the second evaluation", share, 0.5,
            "half of eps is the noise that the first guess implies", 0.02)
     expect("the std of the rest", (used - implied / 2).std(), 0.5, "the other half is fresh", 0.02)
     expect("the result", x0, net.mean(x_s, torch.tensor(14.8).double(), cond.image_latents, 0),
@@ -1307,7 +1307,7 @@ def test_ex12_sample_travels(sample):
     (x_t, *_), (x_s, *_) = net.calls
     guess = net.mean(x_t, torch.tensor(700.0).double(), mean_of(cond), 0)
     implied, used = (x_t - guess) / 700, (x_s - guess) / 14.8
-    expect("the share of the implied noise in the second look with tts=True",
+    expect("the share of the implied noise in the second evaluation with tts=True",
            (used * implied).mean() / implied.square().mean(), 0.5,
            "the Time Travel Sampler, not two steps of the other one", 0.2)
 
