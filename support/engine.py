@@ -209,6 +209,7 @@ def command_line(description, memory_hint="try smaller sizes or batches", **sett
     """The parser of a script's flags, which shows defaults in --help. From here on the errors of bad input
     end the script with one line, see report_error."""
     sys.excepthook = partial(report_error, memory_hint)
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # None if it is closed: progress bars write there
     if sys.stdout:                                  # names of files may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     formatter = partial(HelpFormatter, max_help_position=30, width=110)
@@ -600,7 +601,8 @@ def publish(folder, path, theta, disc_tensors, lora):
     if lora:
         save_lora(unet, folder)
     model.save_unet(merge_lora(unet), folder / "merged", torch.float16)
-    print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --student {folder}/merged")
+    print(f"wrote {folder}/merged: python sampler.py --image assets/input.png --model {path} "
+          f"--student {folder}/merged")
 
 
 WAITED = [0.0]              # seconds that this process has spent inside `waiting`

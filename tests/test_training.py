@@ -505,12 +505,13 @@ def test_sigterm_to_one_of_two_stops_both(train):
     assert checkpoints(run.folder)[-1] == step < 1000
 
 
-def test_incomplete_checkpoint_is_skipped(train, whole, tmp_path):
+def test_incomplete_checkpoint_is_skipped(train, whole, teacher, tmp_path):
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "checkpoint-0000010" / "state.safetensors", 5000)
     run = train(1, folder=tmp_path).wait()
     assert run.status == 0 and "from step 5" in run.stdout
     assert "checkpoint-0000010 is incomplete and skipped" in run.stderr
+    assert f"input.png --model {teacher} --student {tmp_path}/merged\n" in run.stdout      # the next command
     assert_same_run(tmp_path, whole[1])
     for changes, said in (("--max_train_steps 7", f"{tmp_path} has 10 steps, --max_train_steps is 7"),
                           ("--resume_from_checkpoint none --report_to wandb", "run `pip install wandb`")):
@@ -929,6 +930,13 @@ def test_flags_have_limits(capsys, flag, value, ok):
 
 def test_a_size_that_the_model_cannot_take_is_refused(train):
     assert_refused(train(1, "--width 40 --height 40").wait(), "--width 40 --height 40", "multiples of 16")
+
+
+def test_a_closed_stderr_does_not_end_a_script(monkeypatch):
+    """Progress bars write to it."""
+    monkeypatch.setattr(sys, "stderr", None)
+    engine.command_line("test")
+    print("a progress bar", file=sys.stderr)
 
 
 @pytest.mark.parametrize("flag", ["--data", "--model", "--stage1"])
