@@ -231,15 +231,15 @@ def parse_args(argv=None):
     for file, suffixes in ((args.out, (".mp4", ".gif", ".png")), (args.gallery, (".png",))):
         if file and file.suffix not in suffixes:
             fail(f"{file}: the name must end in {' or '.join(suffixes)}")
-    if args.teacher and (args.student or args.tts):
-        fail(f"--teacher does not go with {'--student' if args.student else '--tts'}: leave one of them out")
+    if args.teacher and args.student:
+        fail("--teacher does not go with --student: leave one of them out")
     if args.offload and args.cuda_graph:
         fail("--offload does not go with --cuda_graph: a recorded graph needs the weights to stay in place")
-    if args.tts and args.steps not in (None, 1):
-        fail(f"--tts --steps {args.steps}: the Time Travel Sampler is for one step")
     if args.model == "toy":
         args.model = TOY
         args.student = args.student or (STUDENT if STUDENT.is_file() and not args.teacher else None)
+    if args.tts and (not args.student or args.steps not in (None, 1)):
+        fail("--tts: the Time Travel Sampler is for a student, in place of one step")
     if args.student and (args.steps or 1) > NUM_SIGMAS:
         fail(f"--steps {args.steps}: a student has {NUM_SIGMAS} noise levels, and so at most as many steps")
     return args
@@ -258,7 +258,7 @@ def plan_videos(args):
     folders = "", "unet", "vae", "image_encoder"
     networks = [Path(path, name) for path in (args.model, args.student) if path for name in folders]
     checkpoint.refuse_overwriting([*files, *latents, args.gallery], [path for _, path in images] + networks)
-    checkpoint.check_writable(files[0], args.gallery)
+    checkpoint.check_writable(*files, *latents, args.gallery)
     return videos
 
 
@@ -302,8 +302,7 @@ def choose_sampler(args, net, device):
         sigmas = strided(karras_sigmas(NUM_SIGMAS), 2 if tts else steps)
         name = f"{steps}-step student" + " with Time Travel Sampler" * tts
         return partial(sample, net, sigmas=sigmas, tts=tts), f"{name}, {len(sigmas) - 1} network evaluations"
-    steps = args.steps or 25
-    guidance = (args.min_guidance_scale, args.max_guidance_scale)
+    steps, guidance = args.steps or 25, (args.min_guidance_scale, args.max_guidance_scale)
     guidance = guidance if max(guidance) > 1 else None
     draw = partial(sample_teacher, net, sigmas=karras_sigmas(steps), guidance=guidance,
                    progress=progress_bar("denoise"))
@@ -364,7 +363,7 @@ def main():
         for _, seed, out in videos[i * args.num_videos:][:args.num_videos]:
             x0, frames = make_video(args, networks, draw, pixels.to(device), seed)
             if not frames.isfinite().all():
-                fail(f"{path}: the networks returned NaN or infinity in {dtype}; try --dtype fp32")
+                fail(f"{path}: NaN or infinity in {dtype}: try --dtype fp32, or other weights")
             save_video(frames, out, args.fps)
             if args.save_latents:
                 write_safetensors(out.with_suffix(".safetensors"), {"latents": x0})

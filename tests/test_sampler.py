@@ -229,9 +229,13 @@ def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder
     (["--image", "in.png", "--student", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--device", "tpu"], "--device tpu: not available here; use"),
     (["--image", "in.png", "--device", "cpu:7"], "--device cpu:7: there are only 1 of this kind"),
-    (["--image", "in.png", "--teacher", "--tts"], "--teacher does not go with --tts"),
+    (["--image", "in.png", "--teacher", "--student", "net"], "--teacher does not go with --student"),
+    (["--image", "in.png", "--teacher", "--tts"], "--tts: the Time Travel Sampler is for a student"),
+    (["--image", "in.png", "--model", "empty", "--tts"], "--tts: the Time Travel Sampler is for a student"),
+    (["--image", "in.png", "--out", "keep.mp4", "--num_videos", "2"], "keep_1.mp4: cannot be written"),
+    (["--image", "in.png", "--out", "a.mp4", "--save_latents"], "a.safetensors: cannot be written"),
     (["--image", "in.png", "--offload", "--cuda_graph"], "--offload does not go with --cuda_graph"),
-    (["--image", "in.png", "--tts", "--steps", "4"], "for one step"),
+    (["--image", "in.png", "--tts", "--steps", "4"], "in place of one step"),
     (["--image", "in.png", "--student", "net", "--steps", "101"], "a student has 100 noise levels"),
     (["--image", "in.png", "--student", str(sampler.STUDENT.parent / "unet")],
      "its cross_attention_dim is 64, that of --model is 24"),
@@ -242,7 +246,7 @@ def test_bad_input_is_one_line_and_status_2(pipeline_folder, tmp_path, monkeypat
     picture().save(tmp_path / "in.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:60])
-    for folder in ("empty", "net", "folder.mp4"):
+    for folder in ("empty", "net", "folder.mp4", "keep_1.mp4", "a.safetensors"):
         (tmp_path / folder).mkdir()
     (tmp_path / "link.png").symlink_to("in.png")
     (tmp_path / "out.mp4").write_bytes(b"earlier")
