@@ -461,7 +461,8 @@ def encode(args, out):
                        skip_list=None if args.dry_run else out / f"bad-{world.rank}.jsonl")
     count, free = args.num_clips or len(clips.files), ("command", "out", "workers", "dry_run")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    settings |= {"num_clips": count, "num_videos": len(clips.files)}
+    # The names of the videos, without their folder, which may move.
+    settings |= {"num_clips": count, "videos": digest(repr([*map(os.path.basename, clips.files)]).encode())}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
         raise ModelError(f"{out} was started with other settings, see {out}/settings.json: use another --out")
     how = {"dtype": torch.bfloat16 if world.device.type == "cuda" else torch.float32, "device": world.device}
@@ -470,6 +471,7 @@ def encode(args, out):
     if args.dry_run:
         return dryrun.encode(source, out, max(0, count - size * len([*out.glob("*.sha256")])), world)
     if world.rank == 0:
+        checkpoint.refuse_overwriting([out], [args.data])
         checkpoint.lock(out)                            # only now: bad input leaves no folder behind
         write_json(out / "settings.json", settings)
     engine.any_rank(False, world.device)                # nobody writes before the folder is cleared

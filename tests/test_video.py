@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -1053,6 +1054,19 @@ def test_a_checksum_is_written_whole_or_not_at_all(tmp_path, folder, pipeline_fo
         run(monkeypatch, "encode", folder, "--out", tmp_path / "out", "--model", pipeline_folder, *SIZE)
     assert (tmp_path / "out" / "shard-000000.safetensors").exists()
     assert not list(tmp_path.glob("out/*.sha256"))
+
+
+def test_encode_refuses_another_list_of_the_same_length(
+        tmp_path, folder, pipeline_folder, monkeypatch, capsys):
+    how = ("encode", tmp_path / "list.csv", "--out", tmp_path / "out", "--model", pipeline_folder, *SIZE)
+    for name, ends in (("0.mp4", nullcontext()), ("1.mp4", pytest.raises(SystemExit))):
+        (tmp_path / "list.csv").write_text(f"path\n{folder / name}\n")
+        with ends:
+            run(monkeypatch, *how)
+    assert "was started with other settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "encode", folder, "--out", folder, "--model", pipeline_folder, *SIZE)
+    assert "would overwrite" in capsys.readouterr().err and len(list(folder.iterdir())) == 7
 
 
 def test_encode_on_two_processes(tmp_path, folder, pipeline_folder, monkeypatch):
