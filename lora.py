@@ -205,7 +205,7 @@ def read_lora(file):
         value = settings.get(name)
         if value is not None and not (type(value) in (int, float) and abs(value) <= LARGEST):
             raise ModelError(f"{where}: {name} is {value!r:.40}, not a number up to {LARGEST}")
-    if used := [setting for setting in ("use_rslora", "alpha_pattern") if settings.get(setting)]:
+    if used := [setting for setting in ("use_rslora", "use_dora", "alpha_pattern") if settings.get(setting)]:
         raise ModelError(f"{where}: made with {used[0]}, which is not supported")
     return tensors, settings.get("lora_alpha")
 

@@ -113,6 +113,8 @@ def load_weights(net, files, where, dtype, device):
         if tensor.shape != expected[key].shape:
             found, right = tuple(tensor.shape), tuple(expected[key].shape)
             raise ModelError(f"{where}: {key} has shape {found}, config.json asks for {right}")
+        if not tensor.is_floating_point():
+            raise ModelError(f"{where}: {key} is {tensor.dtype}: weights must be floating-point numbers")
         # A copy in memory: the file behind a memory map may change later.
         tensors[key] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
     if missing := [key for key in expected if key not in tensors]:
@@ -156,7 +158,8 @@ def find_folder(path, name, variant, revision):
     """
     path, local = str(path), Path(path)
     if local.exists():
-        for folder in (local / name, local):
+        merged = [local / "merged"] * (name == "unet")                  # in the folder of a training
+        for folder in (local / name, local, *merged):
             if (folder / "config.json").is_file():
                 return folder
         # Reading the files raises a ModelError of its own for pickles and for Stability's layout.
@@ -228,7 +231,7 @@ def read_safetensors(files, metadata=None):
                                          f"read here; use the diffusers folder instead: {SVD} or {SVD}-xt")
                     yield key, tensors.get_tensor(key)
         except (FileNotFoundError, SafetensorError) as error:
-            raise ModelError(f"{file}: not a readable safetensors file ({error}): fetch it again") from error
+            raise ModelError(f"{file}: not a readable safetensors file ({error}): replace it") from error
 
 
 def require_file(path):

@@ -203,8 +203,9 @@ def saved(tmp_path):
     (lambda t: t.pop("conv_in.bias"), "key conv_in.bias is missing$"),
     (lambda t: [t.pop(f"conv_{end}.bias") for end in ("in", "out")], "conv_in.bias is missing, and 1 more"),
     (lambda t: t.update(surplus=torch.zeros(3)), "key surplus is not part of the UNet"),
-    (lambda t: t.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias has shape \(7,\), .* for \(32,\)")],
-    ids=["missing", "two missing", "extra", "misshaped"])
+    (lambda t: t.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias has shape \(7,\), .* for \(32,\)"),
+    (lambda t: t.update({"conv_in.bias": t["conv_in.bias"].char()}), "conv_in.bias is torch.int8")],
+    ids=["missing", "two missing", "extra", "misshaped", "quantised"])
 def test_loading_is_strict_about_keys(saved, change, message):
     tensors = load_file(saved / "unet" / WEIGHTS)
     change(tensors)
@@ -212,6 +213,13 @@ def test_loading_is_strict_about_keys(saved, change, message):
     with pytest.raises(ModelError, match=message) as error:
         model.load_unet(saved)
     assert str(saved / "unet") in str(error.value)
+
+
+def test_the_folder_of_a_training_stands_for_its_merged_unet(saved):
+    (saved / "unet").rename(saved / "merged")
+    assert model.load_unet(saved).config["sample_size"] == UNET["sample_size"]
+    with pytest.raises(ModelError, match="no vae/config.json"):
+        model.load_vae(saved)
 
 
 @pytest.mark.parametrize("content", [

@@ -233,6 +233,7 @@ def test_lora_that_does_not_fit_names_the_key_and_changes_nothing(tmp_path, chan
         '"large"', "NaN", "Infinity", "-1e9", "true", "[4]")),
     ('{"unet.r": 1000000000}', "r is 1000000000, not a number up to"),
     ('{"unet.use_rslora": true}', "use_rslora, which is not supported"),
+    ('{"unet.use_dora": true}', "use_dora, which is not supported"),
     ('{"alpha_pattern": {"to_q": 8}}', "alpha_pattern, which is not supported")])
 def test_lora_of_unknown_scale_is_refused(tmp_path, metadata, message):
     """The error names where the settings are: in diffusers' file, or in a file beside PEFT's."""
