@@ -104,10 +104,12 @@ def test_exported_folder_makes_our_frames_in_diffusers(
 
 
 def test_exported_weights_are_those_put_in(tmp_path, monkeypatch, pipeline_folder, student):
-    """Into one folder, where the second export deletes the weights of the first one, and no other files."""
+    """Into one folder, where an export deletes the weights of earlier ones, and no other files."""
     weights = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "image_encoder/model"}
     others = {"unet/student.safetensors", "vae/model-00001-of-00002.safetensors", "lora.safetensors"}
-    for name in others:
+    shards = {"unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+              "unet/diffusion_pytorch_model.safetensors.index.json"}
+    for name in others | shards:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for dtype, suffix, variant in (("fp32", "", None), ("fp16", ".fp16", "fp16")):

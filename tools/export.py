@@ -23,7 +23,8 @@ from support.engine import command_line
 
 
 def export(args):
-    """Writes the pipeline of --model, with --student as or in its UNet, and a model card to --output_dir.
+    """Writes the pipeline of --model, with --student as or in its UNet, and a model card, README.md, to
+    --output_dir.
 
     fp16 and bf16 weights get a suffix in their file names, and diffusers opens them with variant="fp16" or
     "bf16". An earlier export's weights in another precision are deleted. Raises ModelError or OSError.
@@ -42,16 +43,17 @@ def export(args):
     for net, part in ((unet, "unet"), (vae, "vae"), (image_encoder, "image_encoder")):
         checkpoint.clear_parts(args.output_dir / part)
         save_network(net, args.output_dir / part, DTYPES[args.dtype], suffix)
-        # An earlier export's weights in another precision may be another student's: --push_to_hub would
-        # upload both.
-        for end in {"", ".fp16", ".bf16"} - {f".{suffix}" if suffix else ""}:
-            (args.output_dir / part / f"{net.file_stem}{end}.safetensors").unlink(missing_ok=True)
+        # Earlier weights, in shards or other precision, may be another student's. diffusers opens them.
+        own = ".".join(filter(None, (net.file_stem, suffix, "safetensors")))
+        for old in (args.output_dir / part).glob(f"{net.file_stem}[.-]*safetensors*"):
+            if old.name != own:
+                old.unlink()
     model.save_configs(args.output_dir)
     for licence in find_folder(args.model, "unet", args.variant, args.revision).parent.glob("LICENSE*"):
         shutil.copy(licence, args.output_dir)
 
     is_local = Path(args.model).exists()
-    card = (ASSETS / "model_card.md").read_text().format(
+    card = (ASSETS / "model_card.md").read_text(encoding="utf-8").format(
         name=args.push_to_hub or args.output_dir.resolve().name,
         base=SVD + "-xt" * (unet.config["num_frames"] > 14) if is_local else args.model,
         size="{}, {}".format(*model.default_size(unet)),
@@ -60,7 +62,7 @@ def export(args):
         # The toy world's networks do not descend from SVD and do not carry its licence.
         card = re.sub(r"(?m)^(base_model|license).*\n", "", card)
     with replacing(args.output_dir / "README.md") as part:
-        part.write_text(card)
+        part.write_text(card, encoding="utf-8")
 
 
 def main():

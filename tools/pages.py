@@ -237,9 +237,9 @@ def sources(reports, protocol):
 def write_page(page, results):
     """Replaces the tables of a page by those made of the reports in the folder `results`."""
     text = re.sub(r"(?s)(<!-- table (.*?) -->\n).*?(?=<!-- end -->)",
-                  lambda match: match[1] + table(match[2], results), page.read_text())
+                  lambda match: match[1] + table(match[2], results), page.read_text(encoding="utf-8"))
     with replacing(page) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------
