@@ -245,7 +245,7 @@ def generate_clips(draw, net, vae, reference, numbers, seed):
     seconds = time.perf_counter() - began
     frames = sampler.decode(vae, x0)
     if not frames.isfinite().all():
-        raise ModelError("the networks returned NaN or infinity: did the student's training diverge?")
+        raise ModelError("NaN or infinity in the videos: damaged weights, or a training that diverged")
     return to_bytes(frames), seconds
 
 
@@ -433,8 +433,8 @@ def sensitivity(args):
     """Measures real clips, a tenth of them damaged in each of the ways DAMAGES, and prints by how much each
     figure moves, in units of its interval. All clips are other futures of the reference's first frames. The
     damaged ones have two shapes. Raises ModelError."""
-    if args.data != "toy":
-        raise ModelError(f"sensitivity --data {args.data}: only clips of the toy world can be damaged")
+    if args.data != "toy" or args.student:
+        raise ModelError("sensitivity damages real clips of the toy world: leave out --data and --student")
     report = Report(args)
     (f, size, _), seed, device = report.shape, args.seed + UNSEEN, report.device
     damaged = report.reference.scene.present.all(1).nonzero()[:max(1, args.num_clips // 10), 0].cpu()

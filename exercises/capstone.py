@@ -11,7 +11,6 @@ with one row per line of the table.
 The pictures are those of data.HELD_OUT, which training does not see, but which were also used for sample
 sheets and tuning; evaluate.py measures on others. Changing them makes reference.json worthless.
 """
-import argparse
 import json
 import runpy
 import sys
@@ -29,7 +28,7 @@ import model
 import sampler
 import solver
 from support.checkpoint import ModelError, read_json, write_json
-from support.engine import fail
+from support.engine import command_line, number, positive
 from support.kernels import fast
 from support.media import contact_sheet
 from toy.world import toy_clips
@@ -40,20 +39,20 @@ FLAGS = ("--preset toy_cpu --device cpu --mixed_precision no --resume_from_check
          "--validation_steps 1000000 --validation_teacher_steps 1 --checkpointing_steps 1000000 "
          "--log_steps 5").split()
 
-parser = argparse.ArgumentParser(description="Train with your own functions.", allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.error = fail
+parser = command_line("Train with your own functions.")
 flag = parser.add_argument
 flag("--answers", type=Path, default=HERE, help="folder of ex*.py")
-flag("--stage1_steps", type=int, default=90, help="training steps of stage 1")
-flag("--stage2_steps", type=int, default=12, help="training steps of stage 2")
-flag("--num_clips", type=int, default=32, help="held-out clips that toy-FVD is measured on")
-flag("--train_clips", type=int, default=64, help="clips to train on")
+flag("--stage1_steps", type=positive, default=90, help="training steps of stage 1")
+flag("--stage2_steps", type=positive, default=12, help="training steps of stage 2")
+flag("--num_clips", type=number(2, 10 ** 9), default=32, help="held-out clips that toy-FVD is measured on")
+flag("--train_clips", type=positive, default=64, help="clips to train on")
 flag("--model", type=Path, default=sampler.TOY, help="pipeline folder of the toy world")
 flag("--output_dir", type=Path, default="out/capstone", help="everything is written here")
 flag("--reference", action="store_true",
      help=f"for instructors: the library's own functions; writes exercises/{REFERENCE.name}")
 args = parser.parse_args()
+if not args.answers.is_dir():
+    parser.error(f"{args.answers}: not a folder; give one of ex*.py")
 start, seconds = time.perf_counter(), {}
 
 # ---- Your functions -------------------------------------------------------------------------------------

@@ -794,8 +794,9 @@ def test_each_damage_moves_a_figure(small, tmp_path, monkeypatch, capsys):
 
 
 def test_real_videos_cannot_be_damaged():
-    with pytest.raises(ModelError, match="--data videos: only clips of the toy world"):
-        evaluate.sensitivity(evaluate.parse_args(["sensitivity", "--data", "videos"]))
+    for flag in ("--data", "--student"):
+        with pytest.raises(ModelError, match="damages real clips of the toy world: leave out"):
+            evaluate.sensitivity(evaluate.parse_args(["sensitivity", flag, "given"]))
 
 
 def test_orderings_are_of_rows_that_the_tables_have():

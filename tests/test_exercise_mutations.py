@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -1009,6 +1010,18 @@ def reference_answers(folder):
             text = "\n\n".join([f"import {module.__name__} as library", "globals().update(vars(library) | "
                                 "{'__name__': __name__, '__file__': __file__})", *parts])
         (folder / f"{file}.py").write_text(text + DESIGNS.get(file, ""))
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--answers nowhere", "nowhere: not a folder; give one of ex*.py"),
+    ("--num_clips 1", "1 is not between 2"), ("--stage1_steps 0", "--stage1_steps: 0 is not between 1"),
+    ("--train_clips 0", "--train_clips: 0 is not between 1")])
+def test_the_capstone_refuses_bad_flags_at_once(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["capstone.py", *words.split()])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path("exercises/capstone.py")
+    assert says in capsys.readouterr().err
 
 
 def test_capstone(run, tmp_path):
