@@ -427,6 +427,8 @@ for name, train_it in zip(STEPS, (train_vae, train_image_encoder, train_dinov2, 
             shutil.rmtree(work / name, ignore_errors=True)
         torch.manual_seed(args.seed)                # initial weights do not depend on the stages before
         train_it()
+    elif name in args.stages and world.rank == 0:
+        print(f"{name}: finished already; --overwrite trains it again")
 model.save_configs(args.output_dir)
 if "report" in args.stages and world.rank == 0:
     report()
