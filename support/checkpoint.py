@@ -202,10 +202,10 @@ def weight_files(folder, variant):
         if len(files) < count:
             raise ModelError(f"{folder}: {len(files)} of {count} weight shards are there: fetch all")
         return files
-    others = sorted({kind for _, kind in found if kind})
+    others = sorted({kind or "plain" for _, kind in found})
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     raise ModelError(f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
-                     + f"; there are {', '.join(others)} ones: ask for that variant" * bool(others)
+                     + f"; there are {', '.join(others)} ones: name a variant, or none" * bool(others)
                      + f"; {', '.join(pickles)} is a pickle, which can run code: convert it" * bool(pickles))
 
 
