@@ -528,7 +528,9 @@ class Residual(Fused):
         return grad if ctx.needs_input_grad[0] else None, grad_y, grad_bias, grad_scale
 
 
-residual = Residual.run                 # x + scale * (y + bias) in one pass over memory
+def residual(x, y, bias=None, scale=None):
+    """x + scale * (y + bias) in one pass over memory, see Residual."""
+    return Residual.run(x, y, bias, scale)
 
 
 def add_tokens(x, y, row):
