@@ -450,7 +450,7 @@ def preview(args, out):
     """draws the first clips as a trainer gets them, one per row"""
     checkpoint.check_writable(out)
     frames, facts = zip(*map(open_clips(args, report=True).clip, range(args.num_clips or 8)))
-    save_sheet(rearrange(torch.stack(frames), "n f h w c -> n f c h w") / 127.5 - 1, out)
+    save_sheet(rearrange(torch.stack(frames), "n f h w c -> n f c h w"), out)
     print(*map(json.dumps, facts), f"wrote {out}", sep="\n")
 
 

@@ -45,7 +45,7 @@ from solver import NUM_SIGMAS, karras_sigmas, strided
 from support import checkpoint, engine
 from support.checkpoint import ModelError, load_network, write_json
 from support.kernels import fast
-from support.media import save_sheet
+from support.media import save_sheet, to_bytes
 from toy.detector import VideoClassifier
 from toy.shapes import DAMAGES, DEFECTS, damages, inspect
 from toy.world import WORLD, Scene, paths, scene, toy_clips
@@ -98,11 +98,6 @@ def video_features(detector, frames: Tensor, batch_size: int = 64) -> Tensor:
         pixels = rearrange(to_bytes(clips).to(device).float(), "b f c h w -> b c f h w")
         features.append(detector(pixels, rescale=True, resize=True, return_features=True).float())
     return torch.cat(features)
-
-
-def to_bytes(x):
-    """Frames in [-1, 1] as uint8. uint8 frames are returned unchanged."""
-    return x if x.dtype == torch.uint8 else (x.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -412,7 +407,7 @@ class Report:
             if self.shown or not self.args.resume:
                 # (clip row) f 3 H W: one clip of all rows, then the next clip. At half size.
                 clips = torch.stack([self.reference.shown, *self.shown], 1).flatten(0, 1)
-                save_sheet(clips / 127.5 - 1, file.with_suffix(".jpg"), 2)
+                save_sheet(clips, file.with_suffix(".jpg"), shrink=2)
 
 
 def record(args):

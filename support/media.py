@@ -3,6 +3,7 @@
     find_images         the pictures that a command line names: files, folders, stdin
     load_image          one picture file -> PIL image, RGB; load_images: several, without the unreadable ones
     fit_image           PIL image -> tensor of the size and range that the networks take
+    to_bytes            pixels in [-1, 1] -> uint8
     save_video          frames -> .mp4 (by write_mp4), .gif, or .png (contact sheet)
     save_sheet          clips -> one picture file with a row per clip; contact_sheet returns its pixels
 
@@ -120,12 +121,17 @@ def fit_image(image, width, height):
 # Videos and contact sheets out
 
 
+def to_bytes(x):
+    """x in [-1, 1] as uint8. A uint8 tensor is returned unchanged."""
+    return x if x.dtype == torch.uint8 else (x.detach().float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+
+
 def save_video(frames, file, fps):
     """Writes frames [f 3 H W] in [-1, 1] as .mp4, .gif or .png (contact sheet), by the suffix of `file`.
     A gif plays at no more than 50 fps."""
     if file.suffix == ".png":
         return save_sheet(frames[None], file)
-    pixels = ((rearrange(frames, "f c h w -> f h w c") + 1) * 127.5).round().clip(0, 255).byte().cpu().numpy()
+    pixels = to_bytes(rearrange(frames, "f c h w -> f h w c")).cpu().numpy()
     with replacing(file) as part:
         if file.suffix == ".mp4":
             return write_mp4(pixels, part, fps)
@@ -155,11 +161,11 @@ def write_mp4(pixels, file, fps):
 
 
 def contact_sheet(frames, gap=2):
-    """Clips [n f 3 h w] in [-1, 1] -> one uint8 picture [H W 3]: a row per clip, its frames from left to
-    right, with `gap` white pixels around each frame."""
-    frames = F.pad(frames.detach().float().cpu().clamp(-1, 1), (gap, 0, gap, 0), value=1.0)        # n f c h w
-    sheet = F.pad(rearrange(frames, "n f c h w -> c (n h) (f w)"), (0, gap, 0, gap), value=1.0)     # c H W
-    return rearrange((sheet * 127.5 + 127.5).round().byte(), "c h w -> h w c")
+    """Clips [n f 3 h w] in [-1, 1], or uint8 -> one uint8 picture [H W 3]: a row per clip, its frames from
+    left to right, with `gap` white pixels around each frame."""
+    frames = F.pad(to_bytes(frames).cpu(), (gap, 0, gap, 0), value=255)                         # n f c h w
+    sheet = F.pad(rearrange(frames, "n f c h w -> c (n h) (f w)"), (0, gap, 0, gap), value=255)  # c H W
+    return rearrange(sheet, "c h w -> h w c")
 
 
 def save_sheet(clips, file, shrink=1):

@@ -28,6 +28,7 @@ import sampler
 import solver
 from support import checkpoint
 from support.checkpoint import ModelError
+from support.media import to_bytes
 from tools import bench, export, pages, plot, tables
 from toy import world
 
@@ -760,7 +761,7 @@ def test_evaluation_has_clips_and_noise_of_its_own(small, monkeypatch):
     vae, image_encoder = model.load_vae(folder), model.load_image_encoder(folder)
     reference = evaluate.open_reference(
         args, vae, image_encoder, evaluate.load_detector(folder / "i3d"), 4, 64, 64, torch.device("cpu"))
-    real = evaluate.to_bytes(world.toy_clips(5 + evaluate.UNSEEN, range(3), 4, 64).frames)
+    real = to_bytes(world.toy_clips(5 + evaluate.UNSEEN, range(3), 4, 64).frames)
     assert torch.equal(reference.ends, real[:, [0, -1]])
     assert evaluate.UNSEEN not in (0, data.HELD_OUT)
     pictures, = drawn

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from evaluate import to_bytes
+from support.media import to_bytes
 from toy import shapes, world
 
 SEED = 7

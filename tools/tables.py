@@ -24,9 +24,10 @@ import sys
 from pathlib import Path
 
 import model
-from evaluate import ROOT, UNSEEN, Report, fingerprint, report_flags, to_bytes
+from evaluate import ROOT, UNSEEN, Report, fingerprint, report_flags
 from sampler import STUDENT
 from support import checkpoint, engine
+from support.media import to_bytes
 from toy.world import toy_clips
 
 # ---------------------------------------------------------------------------------------------------------

@@ -390,7 +390,7 @@ def report():
     x0 = vae.encode(real.frames.flatten(0, 1)) * vae.config["scaling_factor"]               # (b f) 4 h w
     decoded = sampler.decode(vae, x0.unflatten(0, (num, -1)))                               # b f 3 H W
     # Sharpness is measured relative to decoded clips: no sample is sharper than what the VAE can show.
-    reference = loaded.reference._replace(ends=evaluate.to_bytes(decoded[:, [0, -1]]).cpu())
+    reference = loaded.reference._replace(ends=media.to_bytes(decoded[:, [0, -1]]).cpu())
     fvd = lambda x: evaluate.frechet_distance(reference.features, evaluate.video_features(detector, x))
     save = lambda name, rows: media.save_sheet(torch.stack(rows, dim=1).flatten(0, 1),
                                          report_file.with_name(f"{report_file.stem}_{name}.jpg"), shrink=2)
