@@ -360,7 +360,7 @@ class Report:
 
     @cached_property
     def reference(self):
-        """The Reference, which takes minutes. So a student is loaded first: its file may be missing."""
+        """The Reference, measured at its first use. This takes minutes; a missing student is found before."""
         return open_reference(self.args, self.vae, self.load(model.load_image_encoder), self.detector,
                               *self.shape, self.device)
 

@@ -153,12 +153,13 @@ def check_fit(unet, vae, image_encoder):
 def find_folder(path, name, variant, revision):
     """The local folder of network `name` ("unet", "vae", "image_encoder") of a pipeline.
 
-    path: the network's folder, its pipeline's folder, or a hub id of either. From the hub only this network
-    is fetched, into the cache in HF_HOME; with HF_HUB_OFFLINE=1 only the cache is used. Raises ModelError.
+    path: the network's folder, its pipeline's folder, or a hub id of either; for "unet" also the output
+    folder of a training. From the hub only this network is fetched, into the cache in HF_HOME; with
+    HF_HUB_OFFLINE=1 only the cache is used. Raises ModelError.
     """
     path, local = str(path), Path(path)
     if local.exists():
-        merged = [local / "merged"] * (name == "unet")                  # in the folder of a training
+        merged = [local / "merged"] * (name == "unet")                  # the UNet of a training
         for folder in (local / name, local, *merged):
             if (folder / "config.json").is_file():
                 return folder
@@ -202,10 +203,10 @@ def weight_files(folder, variant):
         if len(files) < count:
             raise ModelError(f"{folder}: {len(files)} of {count} weight shards are there: fetch all")
         return files
-    others = sorted({kind or "plain" for _, kind in found})
+    kinds = sorted({f"variant {kind}" if kind else "no variant" for _, kind in found})
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     raise ModelError(f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
-                     + f"; there are {', '.join(others)} ones: name a variant, or none" * bool(others)
+                     + f"; there are weights with {' and with '.join(kinds)}: ask for these" * bool(kinds)
                      + f"; {', '.join(pickles)} is a pickle, which can run code: convert it" * bool(pickles))
 
 
@@ -426,10 +427,9 @@ def load_checkpoint(folder, which, config, restore=lambda tensors: None, restart
         try:
             state = read_json(path / "state.json", step=int, config=dict)
             if not (differ := changes(state["config"], config)):
-                tensors = dict(read_safetensors([path / "state.safetensors"]))
                 if path.match(CHECKPOINTS) and path.name != f"checkpoint-{state['step']:07d}":
                     raise ModelError(f"{path}: its step is {state['step']}")
-                restore(tensors)
+                restore(dict(read_safetensors([path / "state.safetensors"])))
                 return state["step"]
         except ModelError as error:
             if path == Path(which):

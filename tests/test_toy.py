@@ -122,6 +122,7 @@ def test_interrupted_training_goes_on_where_it_stopped(python, toy, tmp_path):
     assert run.returncode == 0, run.stderr
     whole, parts = (load_file(folder / "image_encoder" / "model.safetensors") for folder in (toy, tmp_path))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert "image_encoder: finished already; --overwrite trains it again" in train().stdout
 
 
 def test_a_network_is_trained_again_and_replaced(python, toy, tmp_path):

@@ -99,7 +99,8 @@ def trained(run, seed, args, protocol):
         if not student.exists():
             command += ["--device", str(args.device), "--output_dir", str(folder)]
             print(*command, flush=True)
-            subprocess.call([sys.executable, ROOT / command[0], *command[1:]])      # killed by an exception
+            # After Ctrl-C or SIGTERM here, `call` kills the training.
+            subprocess.call([sys.executable, ROOT / command[0], *command[1:]])
         if not student.exists():                        # also after exit status 0: SIGTERM
             raise checkpoint.ModelError(f"{run}: training failed or was stopped, see above; "
                                         "run the same command again")
