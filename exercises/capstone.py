@@ -8,8 +8,7 @@ train_stage2.py unchanged, and measures the one-step videos of each stage on hel
 (lower is better) and the sharpness of the last frame (real clips have 1). Writes capstone.png: one clip,
 with one row per line of the table.
 
-The pictures are those of data.HELD_OUT, which training does not see, but which were also used for sample
-sheets and tuning; evaluate.py measures on others. Changing them makes reference.json worthless.
+The pictures are the first ones that evaluate.py measures on. Neither training nor tuning saw them.
 """
 import json
 import runpy
@@ -84,12 +83,13 @@ def encode_once(vae, image_encoder, seed, num_clips, *shape):
 
 
 data.toy_latents = encode_once
-held_out = encode_once(vae, image_encoder, data.HELD_OUT, args.num_clips, num_frames, size)
+held_out = encode_once(vae, image_encoder, evaluate.UNSEEN, args.num_clips, num_frames, size)
 
 
 def real_clips(future):
     """b f 3 H W: held-out first frames with one of their futures, by number: other directions, same speed."""
-    return toy_clips(data.HELD_OUT, numbers, num_frames, size, motion_seed=data.HELD_OUT + future).frames
+    motion_seed = evaluate.UNSEEN + 1 + future
+    return toy_clips(evaluate.UNSEEN, numbers, num_frames, size, motion_seed=motion_seed).frames
 
 
 # The real set has few pictures but eight futures of each, because a one-step student should show them all.

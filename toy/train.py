@@ -403,11 +403,11 @@ def report():
     save("reconstructions", [real.frames[:6], decoded[:6]])
 
     rows = [decoded[:4]]                    # of each clip: real, three futures in 25 steps, one in 1 step
-    for steps, guidance in ((25, None), (8, None), (2, None), (1, None), (25, (1, 2)), (8, (1, 2))):
+    for steps, guidance in ((25, None), (8, None), (2, None), (1, None), (25, (1, 3)), (8, (1, 3))):
         *_, draw = evaluate.parse_sampler(str(steps), is_teacher=True, guidance=guidance)
         generate = lambda numbers, seed: evaluate.generate_clips(draw, unet, vae, reference, numbers, seed)
         _, figures = evaluate.measure(generate, detector, reference, args.seed, flags.batch_size)
-        results["teacher"].append({"steps": steps, "guidance": guidance is not None and "1 to 2",
+        results["teacher"].append({"steps": steps, "guidance": guidance is not None and "1 to 3",
                                    "seed_difference": figures.pop("diversity"), **figures})
         print(results["teacher"][-1], flush=True)
         if guidance is None and steps in (25, 1):
