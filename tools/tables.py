@@ -33,9 +33,9 @@ from toy.world import toy_clips
 # ---------------------------------------------------------------------------------------------------------
 # Training runs
 
-# Seconds per step of 32 clips on one H100, with no other training beside it. A single stage and a cheaper
-# recipe get the steps that fill the time of "osv"; m = 1 fills the time of stage 2.
-PACE = {"stage 1": 0.080, "stage 2": 0.131, "m = 1": 0.111, "AnimateLCM": 0.043, "SF-V": 0.048}
+# Seconds per step of 32 clips on one H200, with no other training on it (results/pace.json). A single stage
+# and a cheaper recipe get the steps that fill the time of "osv"; m = 1 fills the time of stage 2.
+PACE = {"stage 1": 0.0800, "stage 2": 0.1337, "m = 1": 0.1020, "AnimateLCM": 0.0446, "SF-V": 0.0504}
 STEPS = 200, 250
 TIME = STEPS[0] * PACE["stage 1"] + STEPS[1] * PACE["stage 2"]
 FILL = {name: f"--max_train_steps {TIME / pace:.0f}" for name, pace in PACE.items()}
