@@ -39,9 +39,8 @@ PRESETS = {
                     validation_teacher_steps=8),
     # The settings of assets/toy/student.safetensors: minutes on one GPU.
     "toy": dict(batch_size=64, num_clips=20000, max_train_steps=2100, learning_rate=2e-4, lr_d=1e-3,
-                warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, cuda_graph=True,
-                real="data", guidance=[1.0, 1.0, 3.0, 3.0], validation_steps=300, checkpointing_steps=300,
-                log_steps=50),
+                warmup_steps=50, lr_scheduler="cosine", lora_rank=24, lora_convs=True, guidance=[1, 1, 3, 3],
+                real="data", cuda_graph=True, validation_steps=300, checkpointing_steps=300, log_steps=50),
     # The paper's setting in version 1: SVD on 2 GPUs, with your own --data. docs/decisions.md explains the
     # values that the paper does not give.
     "paper": dict(model="stabilityai/stable-video-diffusion-img2vid", dino="facebook/dinov2-small", data=None,
