@@ -128,7 +128,8 @@ ELSEWHERE = {
     "docs/tables.md": {"2048": "2048", "95": "the level of the intervals", "0.85": "7.31170 / 8.65039"},
     "docs/toy_world.md": {"512": "512", "41.4": "41.4116", "0.4": "0.39355"},
     "docs/training.md": {
-        "485": "seconds of the whole command", "2000": "the paper", "20000": "the paper",
+        "158": "seconds, with the steps after the last line of the log", "1240": "steps", "465": "their sum",
+        "2000": "the paper", "20000": "the paper",
         "10000": "half of the paper's", "24": "2000 * 716.698 / 1000 / 60",
         "1.8": "10000 * 657.36 / 1000 / 3600"},
     "docs/videos.md": {
