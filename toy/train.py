@@ -402,7 +402,7 @@ def report():
                "fvd_real": fvd(clips(world_seed, num, num).frames), "teacher": []}
     save("reconstructions", [real.frames[:6], decoded[:6]])
 
-    rows = [decoded[:4]]                    # of each clip: real, three futures in 25 steps, one in 1 step
+    rows = [media.to_bytes(decoded[:4])]    # of each clip: real, three futures in 25 steps, one in 1 step
     for steps, guidance in ((25, None), (8, None), (2, None), (1, None), (25, (1, 3)), (8, (1, 3))):
         *_, draw = evaluate.parse_sampler(str(steps), is_teacher=True, guidance=guidance)
         generate = lambda numbers, seed: evaluate.generate_clips(draw, unet, vae, reference, numbers, seed)
