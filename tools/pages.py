@@ -253,9 +253,10 @@ def plot(rows, out):
     for run in dict.fromkeys(row["run"] for row in rows):
         points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["nfe"])
         line, = axes.plot([row["nfe"] for row in points], [row["fvd"] for row in points], "o-", label=run)
-        # The labels of OSV are on the left, so that they do not cover those of nearby points.
-        place = dict(xytext=(-7, -3), ha="right") if run == "osv" else dict(xytext=(5, 4))
         for row in points:
+            # The labels of OSV are on the left, that of Time Travel lower, so that they cover no others.
+            left = dict(xytext=(-7, -12 if row["sampler"] == "tts" else 0), ha="right")
+            place = left if run == "osv" else dict(xytext=(5, 4))
             axes.annotate(f"{row['sampler']}: {row['fvd']:.0f}", (row["nfe"], row["fvd"]), fontsize=8,
                           textcoords="offset points", color=line.get_color(), **place)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per clip", ylabel="toy-FVD",
