@@ -1,6 +1,7 @@
 """What all tests share: the import path, no network, one thread, a fixed seed, small random networks."""
 import gc
 import os
+import signal
 import sys
 from contextlib import suppress
 from functools import cache
@@ -10,6 +11,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"                     # before any import that reads it
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"                    # for small tensors more threads are far slower
+# A shell lets `make test &` ignore Ctrl-C. The commands that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                          # model.py and the rest, support, toy, tools
 
