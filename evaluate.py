@@ -360,7 +360,8 @@ class Report:
 
     @cached_property
     def reference(self):
-        """The Reference, measured at its first use. This takes minutes; a missing student is found before."""
+        """The Reference. Measuring it takes minutes. So it waits for the first row, and a missing student is
+        found before."""
         return open_reference(self.args, self.vae, self.load(model.load_image_encoder), self.detector,
                               *self.shape, self.device)
 

@@ -8,7 +8,7 @@ train_stage2.py unchanged, and measures the one-step videos of each stage on hel
 (lower is better) and the sharpness of the last frame (real clips have 1). Writes capstone.png: one clip,
 with one row per line of the table.
 
-The pictures are the first ones that evaluate.py measures on. Neither training nor tuning saw them.
+The pictures are the first ones that evaluate.py measures on. No training has seen them.
 """
 import json
 import runpy
