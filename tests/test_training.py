@@ -1131,8 +1131,8 @@ def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, pa
                                                preserve_rng_state=False)
 
         def d_step(batch):
-            x, nothing = batch.x, batch.nested.nothing
-            assert nothing is None and torch.equal(batch.nested.twice, 2 * x)
+            assert batch.nested.nothing is None
+            x = batch.nested.twice / 2                  # exact; a comparison with batch.x cannot be recorded
             calls.append("d")
             with torch.set_grad_enabled(keep):
                 y = forward(x)
