@@ -156,6 +156,17 @@ def says(*patterns):
     return lambda folder: ((p, bool(lines(folder, p)), lines(folder, p)) for p in patterns)
 
 
+def dry(clips, folder):
+    """The figures of a dry run, which leaves no file. clips: of a step."""
+    text = folder.with_suffix(".log").read_text()
+    yield "no file is left", [file.name for file in folder.iterdir()] == [".lock"], None
+    yield "seconds per clip", None, float(re.search(r"step +(\S+) s on", text)[1]) / clips
+    for what, pattern in (("seconds per step", r"step +(\S+) s on"), ("peak memory", r"peak memory (\S+) GB"),
+                          ("seconds of waiting for data per step", r"(\S+) s of waiting for data")):
+        yield what, None, float(re.search(pattern, text)[1])
+    yield "whole run", None, re.search(r"steps in (.*), limited", text)[1]
+
+
 def lists_bad(name, folder):
     rows = {Path(row["path"]).name: row["reason"] for row in checkpoint.read_lines(folder / name)}
     yield "bad videos and reasons", rows.keys() == BAD, rows
@@ -221,19 +232,19 @@ def near(folder):
 
 # ---- Legs -----------------------------------------------------------------------------------------------
 
-# commands: without `python`. stop: (signal, step) that ends the command, which then runs again. Checkpoints
-# are deleted after the checks: one of stage 2 has 7 GB.
-Leg = namedtuple("Leg", "what commands checks stop", defaults=[None])
+# commands: without `python`. stop: (signal, step) that ends the command, which then runs again. gib: limit of
+# the memory that PyTorch takes of a GPU. Checkpoints are deleted after the checks: one of stage 2 has 7 GB.
+Leg = namedtuple("Leg", "what commands checks stop gib", defaults=[None, None])
 INSIDE = {"pipeline": make_pipeline, "videos": make_videos, "diffusers": run_card, "peft": run_peft}
 inside = {name: [f"tests/rehearsal.py --inside {name} --size {args.size} --work WORK"] for name in INSIDE}
 AT1, AT2 = (f"--width {width} --height {height}" for width, height in (SIZE1, SIZE2))
-TRAIN = ("--preset one_gpu --model WORK/pipeline --dino WORK/pipeline/dinov2 --learning_rate 1e-4 "
-         "--lr_d 2e-4 --warmup_steps 5 --validation_teacher_steps 8 --checkpoints_total_limit 1"
-         + " --batch_size 2 --gradient_accumulation_steps 2" * (not full))
-STAGE1 = f"train_stage1.py {TRAIN} {AT1} --data WORK/check/good.jsonl"
-RUN1 = f"{STAGE1} --max_train_steps {STEPS1} --checkpointing_steps 10 --log_steps 1"
+SMALL = " --batch_size 2 --gradient_accumulation_steps 2" * (not full)
+NETWORKS, VIDEOS = "--model WORK/pipeline --dino WORK/pipeline/dinov2", "--data WORK/check/good.jsonl"
+TRAIN = (f"--preset one_gpu{SMALL} {NETWORKS} --learning_rate 1e-4 --lr_d 2e-4 --warmup_steps 5 "
+         "--validation_teacher_steps 8 --checkpoints_total_limit 1 --log_steps 1")
+RUN1 = f"train_stage1.py {TRAIN} {AT1} {VIDEOS} --max_train_steps {STEPS1} --checkpointing_steps 10"
 RUN2 = (f"train_stage2.py {TRAIN} {AT2} --data WORK/encode --stage1 WORK/stage1 "
-        f"--max_train_steps {STEPS2} --checkpointing_steps 99 --log_steps 1")
+        f"--max_train_steps {STEPS2} --checkpointing_steps 99")
 STUDENT = "--model WORK/pipeline --student WORK/stage2/merged"
 SAMPLE = f"sampler.py --image WORK/videos/picture.png {STUDENT} {AT1}"
 LORA = rf"(^|\.)({lora.LORA_TARGETS})\.weight$"
@@ -252,9 +263,6 @@ LEGS = {
         says("all 2 shards have the right checksums"), partial(lists_bad, "bad-0.jsonl")]),
     "preview": Leg("data.py preview", [
         f"data.py preview WORK/videos {AT2} --num_clips 4 --out WORK/preview/sheet.png"], [has("sheet.png")]),
-    "dry_run": Leg("stage 1 --dry_run", [f"{STAGE1} --dry_run --output_dir WORK/dry_run"], [
-        says("data    20 clips", "step    ", "disk    ", "run     2000 steps"),
-        lambda folder: [("no file is left", [file.name for file in folder.iterdir()] == [".lock"], None)]]),
     "stage1_straight": Leg(f"stage 1, {STEPS1} steps", [
         f"{RUN1} --validation_steps 99 --output_dir WORK/stage1_straight"], AFTER1),
     "stage1": Leg(f"stage 1, SIGKILL at {KILL_AT}, resumed", [
@@ -284,17 +292,33 @@ LEGS = {
         partial(video, name, SIZE1 if full else (128, 128)) for name in ("one_step.gif", "time_travel.gif")]),
     "peft": Leg("LoRA through PEFT", inside["peft"], [near]),
 }
+# Dry runs say what each preset needs. "single" has one clip a step, as a GPU of several has.
+PRESETS = {}
+for stage, (at, more) in enumerate(((AT1, ""), (AT2, " --stage1 none")), start=1):
+    for name, preset, clips, gib in (("single", "paper --batch_size 1", 1, None),
+                                     ("one_gpu", f"one_gpu{SMALL}", (8, 2)[stage - 1] if full else 2, None),
+                                     ("24gb", f"one_gpu_24gb{SMALL}", (8, 2)[stage - 1] if full else 2, 23)):
+        PRESETS[f"dry{stage}_{name}"] = Leg(
+            f"stage {stage}, --preset {preset}", [f"train_stage{stage}.py --preset {preset} {NETWORKS} {at} "
+            f"{VIDEOS}{more} --dry_run --output_dir WORK/dry{stage}_{name}"],
+            [says("data    20 clips", "disk    "), partial(dry, clips)], None, gib)
+LEGS |= PRESETS
 
 # ---- Running --------------------------------------------------------------------------------------------
 
 
-def run(command, log, stop=None):
-    """Runs a command until it ends, or until stop = (signal, step, metrics) -> (exit status, resident GB)."""
+def run(command, log, stop=None, gib=None):
+    """Runs a command until it ends, or until stop = (signal, step, metrics) -> (exit status, resident GB).
+    gib: as in Leg."""
     argv = [sys.executable, *(part.replace("WORK", str(work)) for part in command.split())]
+    settings = {"HF_HUB_OFFLINE": "1", "OSV_REHEARSAL": str(work)}
+    if gib and on_gpu:
+        share = gib * 2 ** 30 / torch.cuda.get_device_properties(args.device).total_memory
+        settings["PYTORCH_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.4f}"
     with open(log, "a") as file:
         print(f"$ python {command}", file=file, flush=True)
         child = subprocess.Popen(argv, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-                                 env=os.environ | {"HF_HUB_OFFLINE": "1", "OSV_REHEARSAL": str(work)})
+                                 env=os.environ | settings)
     try:
         while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
             if stop and stop[2].exists() and stop[2].read_bytes().count(b"\n") >= stop[1]:
@@ -320,7 +344,7 @@ def run_leg(name, leg):
     if leg.stop:
         runs.insert(0, (leg.commands[0], (*leg.stop, folder / "metrics.jsonl")))
     for command, stop in runs:
-        status, resident = run(command, log, stop)
+        status, resident = run(command, log, stop, leg.gib)
         memory = max(memory, resident)
         add("exit status", status == (-9 if stop and stop[0] == signal.SIGKILL else 0), status)
     seconds, text = time.time() - began, log.read_text()
@@ -345,9 +369,12 @@ def run_leg(name, leg):
             add(getattr(check, "func", check).__name__, False, repr(error))
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
+    told, passed = ([row for row in rows if (row["passed"] is None) == told] for told in (True, False))
     return {"leg": name, "what": leg.what, "commands": [f"python {command}" for command, _ in runs],
             "seconds": seconds, "peak_memory_gb": max(on_card, default=memory),
-            "memory": "GPU" if on_card else "process", "disk_gb": disk, "checks": rows}
+            "memory": "GPU" if on_card else "process", "disk_gb": disk, "gib_allowed": leg.gib,
+            "figures": {row["check"]: row["value"] for row in told},
+            "passed": f"{sum(row['passed'] for row in passed)} of {len(passed)}", "checks": passed}
 
 
 def main():
@@ -364,11 +391,12 @@ def main():
         if not bad:
             checkpoint.write_json(marker, row)
         if args.report:                                     # after each leg, in case the time ends
-            checkpoint.write_json(args.report, {**evaluate.record(args), "legs": rows})
+            presets = [row for row in rows if row["leg"] in PRESETS]
+            legs = [row for row in rows if row["leg"] not in PRESETS]
+            checkpoint.write_json(args.report, {**evaluate.record(args), "legs": legs, "presets": presets})
     for row in rows:
-        passed = [check["passed"] for check in row["checks"] if check["passed"] is not None]
         bench.tell(f"{row['leg']:16} {row['what']}", s=row["seconds"], disk_gb=row["disk_gb"],
-                   memory_gb=row["peak_memory_gb"], of=row["memory"], checks=f"{sum(passed)}/{len(passed)}")
+                   memory_gb=row["peak_memory_gb"], of=row["memory"], checks=row["passed"])
     return "\n".join(failures) or None
 
 
