@@ -136,6 +136,7 @@ SLOW = {
         "", "loss_huber .* s_per_step", STEP),
     "python train_stage2.py --stage1 none --num_clips 16 --max_train_steps 20 ...": Typed(
         "", "loss_huber .* s_per_step", STEP),
+    "python tests/rehearsal.py --size small ...": Typed("results/rehearsal_small.json", "peft .* 7 of 7"),
     "python -m tools.bench train --size toy ...": Typed("results/discriminators.json", "pixel discriminator"),
     # Minutes: many steps of the teacher
     "python exercises/between.py --out results/between.jpg": Typed("results/between.json", "Time Travel"),
@@ -180,6 +181,9 @@ SLOW = {
 LEFT_OUT = {
     # The network
     "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid": "9 GB of weights",
+    "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid --student ...":
+        "the same",
+    "python -m tools.export export --model stabilityai/stable-video-diffusion-img2vid ...": "the same",
     "python sampler.py --image in.png --model stabilityai/stable-video-diffusion-img2vid-xt ...": "the same",
     "git clone <this repository> osv && cd osv": "network, and the reader has to insert the address",
     "make .venv/dev": "network: installs packages",
@@ -196,7 +200,9 @@ LEFT_OUT = {
     "head -n -1000 good.jsonl > train.jsonl && ...": "a list of more than a thousand videos",
     "python data.py check OpenVid-1M.csv ...": "a million videos; above, `check` has a folder of three",
     "python evaluate.py fvd ...": "SVD, I3D; tests/test_evaluate.py has small ones",
+    "python data.py encode train.jsonl ...": "SVD; above, `encode` has the toy networks",
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
+    "python tests/rehearsal.py --report results/rehearsal.json": "a GPU, and minutes",
     "python -m tools.tables student --report ...": "a GPU, and minutes",
     "python exercises/grade.py --show ex01": "needs an answer; other tests draw the pictures",
     "python evaluate.py sensitivity --num_clips 768 ...": "a GPU; tests/test_evaluate.py has a small one",
