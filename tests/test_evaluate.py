@@ -468,6 +468,23 @@ def test_sigterm_to_the_tables_ends_the_training(tmp_path, monkeypatch):
     assert children[0].wait(10) == -signal.SIGKILL
 
 
+def test_bad_clips_by_speed_are_those_of_the_report(python, tmp_path):
+    """Split by speed and kind, the bad clips of results/student.json are as many as in the report."""
+    cli = lambda *words: subprocess.run([python, "exercises/by_speed.py", *map(str, words)], cwd=ROOT,
+                                        capture_output=True, text=True)
+    done = cli("--out", tmp_path / "plot.png")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "plot.json").read_text())["rows"]
+    assert rows == json.loads((ROOT / "results/by_speed.json").read_text())["rows"]
+    for row in json.loads((ROOT / "results/student.json").read_text())["rows"]:
+        name = {("teacher", "25"): "teacher, 25 steps", ("shipped", "1"): "one step"}.get(
+            (row["run"], row["sampler"]))
+        if name:
+            assert sum(part[name] * part["clips"] for part in rows) == pytest.approx(2048 * row["bad"])
+    no_student = cli("--report", "results/table1.json", "--out", tmp_path / "b.png")
+    assert no_student.returncode == 2 and "it lacks the rows [('shipped', '1')" in no_student.stderr
+
+
 def test_fingerprints_change_with_the_code_and_the_teacher(small, tmp_path, monkeypatch):
     """Not with a file that training does not run."""
     for name in ("train_stage1.py", "support/engine.py", "toy/world.py", "toy/shapes.py"):

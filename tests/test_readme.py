@@ -121,8 +121,8 @@ UNITS = {"%": 100, "s": 1e-3, "seconds": 1e-3, "TB": 1e-6}
 CONSTANTS = {1, 8, 10, 60, 1000, 3600, 1e6}
 ELSEWHERE = {
     "docs/decisions.md": {"2.5": "a default of --guidance"},
-    "docs/full_size.md": {"2000": "the paper", "20000": "the paper", "3.2": "2000 * 8 * 716.698 / 1000 / 3600",
-                          "7.3": "20000 * 2 * 657.36 / 1000 / 3600"},
+    "docs/full_size.md": {"2000": "the paper", "3.2": "2000 * 8 * 716.698 / 1000 / 3600",
+                          "20000": "the paper", "7.3": "20000 * 2 * 657.36 / 1000 / 3600"},
     "docs/speed.md": {
         "786": "the machine of the profile", "74": "sum over kernels of the profile", "490": "the same",
         "1.7e-3": "0.001657", "2.2e-2": "0.02229", "4.22": "4216175561065 / 1e6 / 1e6",
