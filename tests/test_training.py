@@ -48,6 +48,7 @@ SIX = "--max_train_steps 6 --checkpointing_steps 3 --validation_steps 100"
 LOSSES = ["loss_d", "loss_huber", "loss_adv"]
 MACHINE = {"s_per_step", "clips_per_s", "memory_gb", "data_wait", "seconds_left"}   # differ from run to run
 BOTH = pytest.mark.parametrize("stage", [1, 2])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -661,6 +662,25 @@ def test_the_unet_discriminator_gives_the_same_losses_in_any_batch_split(train):
         assert [a[name] for name in LOSSES] == pytest.approx([b[name] for name in LOSSES], rel=1e-4)
 
 
+@needs_gpu
+@pytest.mark.parametrize("kind", ["latent", "subpixel", "pixel", "unet"])
+@BOTH
+def test_recorded_trainings_have_the_same_losses(train, stage, kind):
+    """Whole trainings, two micro-batches a step. Calls 1 to 3 of a function run as they are, call 4 is
+    recorded, later ones are replayed: from step 3 on, with --keep_activations from step 5 on."""
+    flags = f"{SIX} --device cuda --discriminator {kind} --gradient_accumulation_steps 2"
+    flags += " --stage1 none" * (stage == 2)
+    recorded = ("--cuda_graph", "--cuda_graph --keep_activations",
+                "--cuda_graph --keep_activations --gradient_checkpointing")
+    plain, *runs = [train(stage, f"{flags} {more}") for more in ("", *recorded)]
+    expected = [[row[name] for name in LOSSES] for row in metrics(plain.wait().folder)]
+    for run in runs:
+        assert run.wait().status == 0, run.stderr
+        losses = [[row[name] for name in LOSSES] for row in metrics(run.folder)]
+        assert losses == [pytest.approx(row, rel=1e-2) for row in expected]
+    assert len(expected) == 6 and len({loss for row in expected for loss in row}) == 18
+
+
 def test_plain_networks_compute_the_same(train, whole, tmp_path):
     """--plain may change on resume."""
     run = train(2, f"{stage1_of(whole, 2)} --plain --max_train_steps 3", tmp_path).wait()
@@ -1110,8 +1130,7 @@ def fake_graphs(patch, parameters):
     return record
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("parts, keep", [(1, True), (3, True), (3, False), (8, False)])
 def test_recorded_steps_are_the_same_steps(monkeypatch, device, checkpointed, parts, keep):
