@@ -2,14 +2,14 @@
 
     $ python exercises/by_speed.py --out by_speed.png                 # the clips of results/student.json
 
-In the toy world the first frame shows everything but the direction of motion. The futures of a slow clip lie
-close together, those of a fast one far apart. Two explanations of bad clips predict different things: a
-network that is too weak to draw a shape in one evaluation breaks slow shapes as well; a network that blends
-futures breaks a shape the more, the further its futures are apart. Discs tell most: a disc has no corners
-that could be lost and looks the same in every rotation but for its texture.
+In the toy world the first frame does not show in which direction a shape moves. The possible futures of a
+slow clip lie close together, those of a fast one far apart. Two explanations of bad clips predict different
+things: a network that is too weak to draw a shape in one evaluation also breaks slow shapes; a network that
+blends futures breaks fast shapes more often than slow ones. Discs tell most: a disc has no corners to lose,
+and its outline is the same in every rotation.
 
-Reads which clips of a report are bad, and draws their scenes again, which takes the world's seed and no
-network. Writes a plot, and beside it the figures as JSON.
+Reads from a report which clips are bad. Computes kind and speed of their shapes again from the world's seed,
+without any network. Writes a plot, and beside it the figures as JSON.
 """
 import sys
 import time
@@ -19,13 +19,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import read_report  # noqa: E402
+from evaluate import read_report, share_interval  # noqa: E402
 from support import engine  # noqa: E402
 from support.checkpoint import ModelError, write_json  # noqa: E402
 from tools.plot import new_figure, save_figure  # noqa: E402
 from toy.world import KINDS, paths, scene  # noqa: E402
 
-# Motion buckets: 127 is 4 pixels per frame.
+# Quarters of the range of motion buckets. Bucket 127 is 4 pixels per frame.
 SPEEDS = (1, 64), (65, 128), (129, 192), (193, 255)
 SAMPLERS = {"teacher, 25 steps": ("teacher", "25"), "one step": ("shipped", "1"),
             "two plain steps": ("shipped", "2"), "Time Travel": ("shipped", "tts")}
@@ -54,16 +54,16 @@ found, axes = [], new_figure(10, 3.4).subplots(1, len(groups), sharey=True)
 for (group, inside), panel in zip(groups.items(), axes):
     masks = [inside & (low <= bucket) & (bucket <= high) for low, high in SPEEDS]
     for name, clips in bad.items():
-        shares = torch.stack([clips[mask].mean() for mask in masks])
-        # Half of the 95 % interval of a share p of n clips: 1.96 sqrt(p (1 - p) / n).
-        half = 1.96 * torch.stack([(p * (1 - p) / mask.sum()).sqrt() for p, mask in zip(shares, masks)])
-        panel.errorbar(range(len(SPEEDS)), shares, half, fmt="o-", capsize=3, label=name)
+        shares = [clips[mask].mean().item() for mask in masks]
+        half = [share_interval(p, int(mask.sum())) for p, mask in zip(shares, masks)]
+        ends = [[min(p, h) for p, h in zip(shares, half)], [min(1 - p, h) for p, h in zip(shares, half)]]
+        panel.errorbar(range(len(SPEEDS)), shares, ends, fmt="o-", capsize=3, label=name)
     for (low, high), mask in zip(SPEEDS, masks):
         shares = {name: clips[mask].mean().item() for name, clips in bad.items()}
         found.append({"group": group, "speed": f"{low} to {high}", "clips": int(mask.sum()), **shares})
         print(f"{group:24} {low:3} to {high:3} {int(mask.sum()):4} clips ", ", ".join(
             f"{name} {share:.0%}" for name, share in shares.items()))
-    panel.set(title=group, xlabel="motion bucket")
+    panel.set(title=group, xlabel="motion bucket (slow to fast)")
     panel.set_xticks(range(len(SPEEDS)), [f"{low}-{high}" for low, high in SPEEDS])
 axes[0].set(ylabel="share of bad clips")
 axes[0].legend()
