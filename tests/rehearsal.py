@@ -4,10 +4,11 @@
     $ python tests/rehearsal.py --size small                        # the toy networks: minutes on a CPU
     $ python tests/rehearsal.py --work out/rehearsal --legs pipeline videos     # two legs; the folder stays
 
-It is run by hand, not by pytest, and needs diffusers and PEFT. At full size, weights are random. The videos
-are made here. LEGS is the table of what runs: each leg has commands, checks and a folder WORK/NAME.
-A leg that passes leaves the marker WORK/NAME.json, and is skipped when the script starts again with --work.
-The exit status is 1 if a check failed. Memory is that of the GPU if a log has it, else of the process.
+It is run by hand, not by pytest, and needs diffusers and PEFT. At full size, weights are random. The script
+makes its own videos. LEGS is the table of what runs: each leg has commands, checks and a folder WORK/NAME,
+and reads the folders of legs above it. A leg that passes leaves the marker WORK/NAME.json, and is skipped
+when the script starts again with the same --work. The exit status is 1 if a check failed. Memory is that of
+the GPU if a log has it, else of the process.
 """
 import json
 import os
@@ -157,7 +158,7 @@ def says(*patterns):
 
 
 def dry(clips, folder):
-    """The figures of a dry run, which leaves no file. clips: of a step."""
+    """The figures of a dry run, which leaves no file. clips: number of clips in a step."""
     text = folder.with_suffix(".log").read_text()
     yield "no file is left", [file.name for file in folder.iterdir()] == [".lock"], None
     yield "seconds per clip", None, float(re.search(r"step +(\S+) s on", text)[1]) / clips
@@ -193,8 +194,8 @@ def trained(num_steps, pattern, folder):
 
 
 def resumed(straight, first, start, folder):
-    """A stopped and resumed run against the run `straight`. first: step of the resume. start: folder with the
-    first weights, None for a LoRA whose B starts at 0."""
+    """A stopped and resumed run against the run `straight`. first: steps at which the resumed run may begin.
+    start: folder with the first weights, None for a LoRA whose B starts at 0."""
     begins = [*map(int, re.findall(r"; from step (\d+)", folder.with_suffix(".log").read_text()))]
     yield "first step of each process", len(begins) == 2 and begins[1] in first, begins
     ours, theirs = (checkpoint.read_lines(path / "metrics.jsonl") for path in (folder, work / straight))
@@ -233,7 +234,7 @@ def near(folder):
 # ---- Legs -----------------------------------------------------------------------------------------------
 
 # commands: without `python`. stop: (signal, step) that ends the command, which then runs again. gib: limit of
-# the memory that PyTorch takes of a GPU. Checkpoints are deleted after the checks: one of stage 2 has 7 GB.
+# the GPU memory that PyTorch may take. Checkpoints are deleted after the checks: one of stage 2 has 7 GB.
 Leg = namedtuple("Leg", "what commands checks stop gib", defaults=[None, None])
 INSIDE = {"pipeline": make_pipeline, "videos": make_videos, "diffusers": run_card, "peft": run_peft}
 inside = {name: [f"tests/rehearsal.py --inside {name} --size {args.size} --work WORK"] for name in INSIDE}
@@ -292,7 +293,7 @@ LEGS = {
         partial(video, name, SIZE1 if full else (128, 128)) for name in ("one_step.gif", "time_travel.gif")]),
     "peft": Leg("LoRA through PEFT", inside["peft"], [near]),
 }
-# Dry runs say what each preset needs. "single" has one clip a step, as a GPU of several has.
+# Dry runs say what each preset needs. "single" has one clip per step: the share of one of several GPUs.
 PRESETS = {}
 for stage, (at, more) in enumerate(((AT1, ""), (AT2, " --stage1 none")), start=1):
     for name, preset, clips, gib in (("single", "paper --batch_size 1", 1, None),
@@ -308,8 +309,8 @@ LEGS |= PRESETS
 
 
 def run(command, log, stop=None, gib=None):
-    """Runs a command until it ends, or until stop = (signal, step, metrics) -> (exit status, resident GB).
-    gib: as in Leg."""
+    """Runs a command until it ends -> (exit status, resident GB). stop: (signal, step, metrics.jsonl): sends
+    the signal when the log has this many lines, one per step. gib: as in Leg."""
     argv = [sys.executable, *(part.replace("WORK", str(work)) for part in command.split())]
     settings = {"HF_HUB_OFFLINE": "1", "OSV_REHEARSAL": str(work)}
     if gib and on_gpu:
