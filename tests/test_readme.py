@@ -122,9 +122,10 @@ CONSTANTS = {1, 8, 10, 60, 1000, 3600, 1e6}
 ELSEWHERE = {
     "docs/decisions.md": {"2.5": "a default of --guidance"},
     "docs/full_size.md": {"2000": "the paper", "3.2": "2000 * 8 * 716.698 / 1000 / 3600",
-                          "20000": "the paper", "7.3": "20000 * 2 * 657.36 / 1000 / 3600", "10.5": "3.2 + 7.3",
-                          "40000": "clips of stage 2", "13.8": "345.6 * 40000 / 1000 / 1000",
-                          "23": "the limit of the trial, 0.29 of 79.2 GiB", "3.8": "2000 * 8 * 863.903 / 1000 / 3600",
+                          "20000": "the paper", "7.3": "20000 * 2 * 657.36 / 1000 / 3600",
+                          "10.5": "3.2 + 7.3", "40000": "clips of stage 2",
+                          "13.8": "345.6 * 40000 / 1000 / 1000", "23": "the limit, 0.29 of 79.2 GiB",
+                          "3.8": "2000 * 8 * 863.903 / 1000 / 3600",
                           "17.1": "20000 * 2 * 1539.51 / 1000 / 3600"},
     "docs/speed.md": {
         "786": "the machine of the profile", "74": "sum over kernels of the profile", "490": "the same",
