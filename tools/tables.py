@@ -123,8 +123,8 @@ TEACHER = [("teacher", "25", 156.94), ("teacher", "8", 229.94), ("teacher", "4",
            ("teacher", "2", 1015.25), ("teacher", "1", 1177.34)]
 ONE, TTS, TWO = ("osv", "1", 335.36), ("osv", "tts", 171.15), ("osv", "2", 181.95)
 # "8" is a strided part of the noise levels of training, as for a student; "8 karras" is a grid of its own.
-# The strided grid is as good or better (results/student.json: toy-FVD 9.6 strided and 10.0 Karras in 8 steps,
-# 15.6 and 23.4 in 4), and therefore used for comparisons.
+# The strided grid is better (results/student.json: toy-FVD 8.3 strided and 8.6 Karras in 8 steps, 12.0 and
+# 20.2 in 4), and therefore used for comparisons.
 SHIPPED = [FLOOR, *TEACHER, ("teacher", "8 karras", None), ("teacher", "4 karras", None),
            *(("shipped", *row[1:]) for row in (ONE, TTS, TWO)),
            ("shipped", "tts printed", None), ("shipped", "tts v1", None)]
