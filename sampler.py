@@ -136,10 +136,9 @@ def decode(vae, x0, decode_chunk_size=None, progress=iter):
     change slightly.
     """
     num_frames = x0.shape[1]
-    chunk = decode_chunk_size or num_frames
     latents = rearrange(x0 / vae.config["scaling_factor"], "b f c h w -> (b f) c h w")
-    if chunk < num_frames:
-        parts = [part for clip in latents.split(num_frames) for part in clip.split(chunk)]
+    if decode_chunk_size:
+        parts = [part for clip in latents.split(num_frames) for part in clip.split(decode_chunk_size)]
     else:                               # several small clips together, up to the size of one SVD clip
         clips_together = max(1, 14 * 72 * 128 // x0[0, :, 0].numel())
         parts = latents.split(clips_together * num_frames)
@@ -249,10 +248,11 @@ def plan_videos(args):
     """[(picture, seed, output file)], all videos of a picture in a row. Raises ModelError if a file would
     overwrite an input, OSError if no file can be written there."""
     images, videos = find_images(args.image), []
-    for i in range(len(images) * args.num_videos):
-        (name, path), seed = images[i // args.num_videos], args.seed + i
-        suffix = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
-        videos.append((path, seed, args.out.with_stem(args.out.stem + suffix)))
+    for name, path in images:
+        for _ in range(args.num_videos):
+            seed = args.seed + len(videos)
+            suffix = f"_{name}" * (len(images) > 1) + f"_{seed}" * (args.num_videos > 1)
+            videos.append((path, seed, args.out.with_stem(args.out.stem + suffix)))
     files = [file for _, _, file in videos]
     latents = [file.with_suffix(".safetensors") for file in files if args.save_latents]
     folders = "", "unet", "vae", "image_encoder"
@@ -360,7 +360,7 @@ def main():
         pixels, kept = fit_image(image, width, height)                  # 3 H W
         if min(kept) < 0.99:
             print(f"{path}: cut to {kept[0]:.0%} of its width, {kept[1]:.0%} of its height", file=sys.stderr)
-        for _, seed, out in videos[i * args.num_videos:][:args.num_videos]:
+        for _, seed, out in videos[i * args.num_videos:(i + 1) * args.num_videos]:
             x0, frames = make_video(args, networks, draw, pixels.to(device), seed)
             if not frames.isfinite().all():
                 fail(f"{path}: NaN or infinity in {dtype}: try --dtype fp32, or other weights")
