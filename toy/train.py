@@ -91,14 +91,14 @@ world, start = engine.start_world(args.device), time.time()
 device, args.device = world.device, str(world.device)
 levels = len(args.unet_channels)
 stride = 8 * 2 ** (levels - 1)                              # pixels per element of the UNet's smallest map
-problems = {
-    f"--size must be a multiple of {stride}": args.size % stride,
-    "channels must be multiples of 32": any(c % 32 for c in args.vae_channels + args.unet_channels),
-    f"--unet_attention must have {levels} values, as --unet_channels": len(args.unet_attention) != levels,
-    f"--unet_batch_size {args.unet_batch_size} does not divide by {world.size} processes":
-        args.unet_batch_size % world.size}
-if found := [problem for problem, wrong in problems.items() if wrong]:
-    parser.error("; ".join(found))
+if args.size % stride:
+    parser.error(f"--size must be a multiple of {stride}")
+if any(channels % 32 for channels in args.vae_channels + args.unet_channels):
+    parser.error("channels must be multiples of 32")
+if len(args.unet_attention) != levels:
+    parser.error(f"--unet_attention must have {levels} values, as --unet_channels")
+if args.unet_batch_size % world.size:
+    parser.error(f"--unet_batch_size {args.unet_batch_size} does not divide by {world.size} processes")
 work = args.output_dir / ".train"
 log_file = args.train_log or args.output_dir / "train_log.jsonl"
 report_file = args.report or work / "report.json"
