@@ -108,10 +108,17 @@ held_out = args.seed + data.HELD_OUT
 torch.backends.cudnn.benchmark = True
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32          # inside the networks
 
-# A signal ends training after the current step, with a checkpoint. A second one ends it at once.
-stop = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+stop = []                                           # signals: training ends after the current step
+
+
+def stop_after_step(number, frame):
+    """Handles a signal. A second one of its kind ends the process at once, without a checkpoint."""
+    stop.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGINT, stop_after_step)
+signal.signal(signal.SIGTERM, stop_after_step)
 
 # ---- Training loop, shared by all stages ----------------------------------------------------------------
 
