@@ -344,8 +344,8 @@ def train_unet():
 
     # Each process has its own clips and its part of every batch.
     num_clips, b = args.num_clips // world.size, args.unet_batch_size // world.size
-    how = {"path": args.output_dir, "dtype": dtype, "device": device}
-    vae, image_encoder = kernels.fast(model.load_vae(**how)), model.load_image_encoder(**how)
+    vae = kernels.fast(model.load_vae(args.output_dir, dtype=dtype, device=device))
+    image_encoder = model.load_image_encoder(args.output_dir, dtype=dtype, device=device)
     latents = data.toy_latents(vae, image_encoder, args.seed, num_clips, args.num_frames, args.size, device,
                                first=world.rank * num_clips)
     if device.type == "cuda":                               # torch.compile fuses the many small layers
