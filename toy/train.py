@@ -403,7 +403,8 @@ def report():
                                          report_file.with_name(f"{report_file.stem}_{name}.jpg"), shrink=2)
 
     # The first NUM_STATIC labels are the scene's, the others the motion's.
-    scene, motion = map(f1, *(x.tensor_split([NUM_STATIC], 1) for x in (reference.features, real.attributes)))
+    scene = f1(reference.features[:, :NUM_STATIC], real.attributes[:, :NUM_STATIC])
+    motion = f1(reference.features[:, NUM_STATIC:], real.attributes[:, NUM_STATIC:])
     results = {"clips": num, "vae_psnr": psnr(decoded, real.frames), "fvd_reconstructed": fvd(decoded),
                "scaling_factor": vae.config["scaling_factor"], "i3d_f1": {"scene": scene, "motion": motion},
                "fvd_real": fvd(clips(world_seed, num, num).frames), "teacher": []}
