@@ -413,7 +413,7 @@ def report():
     rows = [media.to_bytes(decoded[:4])]    # of each clip: real, three futures in 25 steps, one in 1 step
     for steps, guidance in ((25, None), (8, None), (2, None), (1, None), (25, (1, 3)), (8, (1, 3))):
         *_, draw = evaluate.parse_sampler(str(steps), is_teacher=True, guidance=guidance)
-        generate = lambda numbers, seed: evaluate.generate_clips(draw, unet, vae, reference, numbers, seed)
+        generate = partial(evaluate.generate_clips, draw, unet, vae, reference)
         _, figures = evaluate.measure(generate, detector, reference, args.seed, flags.batch_size)
         results["teacher"].append({"steps": steps, "guidance": guidance is not None and "1 to 3",
                                    "seed_difference": figures.pop("diversity"), **figures})
