@@ -415,7 +415,7 @@ def report():
         *_, draw = evaluate.parse_sampler(str(steps), is_teacher=True, guidance=guidance)
         generate = partial(evaluate.generate_clips, draw, unet, vae, reference)
         _, figures = evaluate.measure(generate, detector, reference, args.seed, flags.batch_size)
-        results["teacher"].append({"steps": steps, "guidance": guidance is not None and "1 to 3",
+        results["teacher"].append({"steps": steps, "guidance": "1 to 3" if guidance else False,
                                    "seed_difference": figures.pop("diversity"), **figures})
         print(results["teacher"][-1], flush=True)
         if guidance is None and steps in (25, 1):
