@@ -65,11 +65,10 @@ flag("--num_frames", type=engine.number(2, 1000), default=14, help="frames per c
 flag("--vae_channels", nargs=4, default=[32, 64, 96, 96], help="channels by level, multiples of 32")
 flag("--unet_channels", nargs="+", default=[128, 96], help="channels by level, multiples of 32")
 flag("--unet_attention", nargs="+", type=int, choices=(0, 1), default=[0, 1], help="by level: transformers?")
-count, rate = engine.number(1, 10 ** 6), engine.number(0.0, 1.0)
 for stage, (steps, batch_size, lr) in STEPS.items():
-    flag(f"--{stage}_steps", type=count, default=steps, help=f"optimisation steps of {stage}")
-    flag(f"--{stage}_batch_size", type=count, default=batch_size, help="clips (vae: frames) per step")
-    flag(f"--{stage}_lr", type=rate, default=lr, help="peak learning rate")
+    flag(f"--{stage}_steps", type=engine.positive, default=steps, help=f"optimisation steps of {stage}")
+    flag(f"--{stage}_batch_size", type=engine.positive, default=batch_size, help="clips (vae: frames) per step")
+    flag(f"--{stage}_lr", type=engine.number(0.0, 1.0), default=lr, help="peak learning rate")
 flag("--num_clips", default=40000, help="clips that unet trains on, rendered and encoded once")
 flag("--unet_log_sigma", nargs=2, type=engine.number(-10.0, 10.0), default=[0.9, 1.2],
      metavar=("MEAN", "STD"), help="of the normal distribution of ln sigma, for 4 of 5 clips of unet")
