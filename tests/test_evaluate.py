@@ -286,7 +286,7 @@ def test_reports_that_are_none(text, tmp_path):
         evaluate.read_report(tmp_path / "fvd.json")
     (tmp_path / "fvd.json").write_text(json.dumps(REPORT))
     assert evaluate.read_report(tmp_path / "fvd.json", fvd=float) == REPORT
-    with pytest.raises(ModelError, match="motion"):             # tools/pages.py needs it
+    with pytest.raises(ModelError, match="motion"):
         evaluate.read_report(tmp_path / "fvd.json", motion=float)
 
 

@@ -23,7 +23,7 @@ from functools import partial
 
 from PIL import Image, ImageDraw, ImageOps
 
-from evaluate import half_width, read_report
+from evaluate import half_width
 from support.checkpoint import read_json, read_lines, replacing
 from support.engine import command_line
 from tools.plot import new_figure, save_figure
@@ -48,7 +48,7 @@ one step beats one of AnimateLCM: 1 < AnimateLCM, 1; one step beats one of SF-V:
 one step beats one of AnimateLCM: 1 < AnimateLCM 5e-4, 1; one step beats one of SF-V: 1 < SF-V 1e-4, 1
 Time Travel beats 8 of AnimateLCM: tts < AnimateLCM 5e-4, 8
 """)                                            # over_seeds keeps one learning rate of each baseline
-FIGURES = "fvd", "seconds", "sharpness", "diversity", "motion", "first_psnr"
+FIGURES = "fvd", "seconds", "sharpness", "diversity", "motion", "first_psnr", "bad", "training_seconds"
 # The rows of the README, and what they are called there.
 HEADLINE = {("real", "other futures"): "other real futures", ("teacher", "25"): "teacher, 25 steps",
             ("teacher", "8"): "teacher, 8 steps", ("teacher", "2"): "teacher, 2 steps",
@@ -66,7 +66,7 @@ def over_seeds(rows):
         groups[f"{row['run']}, {row['sampler']}"].append(row)
     for key, group in groups.items():
         mean = merged[key] = {**group[0], "rows": group}
-        for name in (*FIGURES, "bad", "training_seconds"):
+        for name in FIGURES:
             if all(row.get(name) is not None for row in group):
                 mean[name] = statistics.mean(row[name] for row in group)
         mean["range"] = span([(row["fvd"], row["interval"]) for row in group], ".1f")[0]
@@ -177,11 +177,8 @@ ROWS = {
 
 
 def read_result(file):
-    if file.suffix == ".jsonl":
-        return read_lines(file, device=str, date=str)
-    if file.stem in ("student", "table1", "table2", "budgets", "one_step_probe"):
-        return read_report(file, nfe=int, interval=float, **dict.fromkeys(FIGURES, float))
-    return read_json(file, device=str, date=str)
+    read = read_lines if file.suffix == ".jsonl" else read_json
+    return read(file, device=str, date=str)
 
 
 def rows_at(keys, *reports):
