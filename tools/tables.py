@@ -153,8 +153,8 @@ def measure_table(table, args, protocol):
     only. Raises ModelError."""
     report = Report(args, **protocol, **fingerprints(args.model))
     # A row that stands in a table several times is measured once.
-    rows = dict.fromkeys((run, name, seed) for run, name, _ in table
-                         for seed in args.seeds[:None if run in RUNS and args.what != "budgets" else 1])
+    rows = dict.fromkeys((run, name, seed) for run, name, _ in table for seed in
+                         (args.seeds if run in RUNS and args.what != "budgets" else args.seeds[:1]))
     rows = [row for row in rows if row not in report.rows]
     world_seed, (f, _, size) = args.seed + UNSEEN, report.shape
 
