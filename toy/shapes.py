@@ -93,11 +93,11 @@ def mean_place(masks):
     return torch.stack((columns @ pixel, rows @ pixel), dim=-1) / rows.sum(-1).clamp(min=1)[..., None]
 
 
-def fit(masks, start, rounds=4):
+def fit(masks, start):
     """The centres of the shapes [b f n 2], such that the visible part of each outline has the same mean
     position as the pixels of its colour."""
     found = centres = mean_place(masks)
-    for _ in range(rounds):
+    for _ in range(4):
         centres = centres + found - mean_place(in_front(outlines(centres, start, masks.shape[-1])))
     return centres
 
@@ -124,16 +124,16 @@ def inspect(frames, start, bucket):
         numbers = torch.arange(len(frames), device=frames.device).split(chunk)
         parts = [inspect(frames[i], Scene(*(x[i] for x in start)), bucket[i]) for i in numbers]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    pixels, n = frames.float() / 255, start.present.shape[1]
+    pixels = frames.float() / 255
     masks = segment(pixels, start)                                                          # b f n h w
     centres = fit(masks, start)                                                             # b f n 2
     distances = outlines(centres, start, frames.shape[-1])
     visible = in_front(distances)
     area = lambda mask: mask.float().sum((-2, -1))                                          # b f n
     judged = (area(visible) >= VISIBLE * area(distances < 0)) & start.present[:, None]
-    # Pixels near other shapes are left out, because two colours mix there.
-    others = torch.stack([distances[:, :, [j for j in range(n) if j != i]].amin(2) for i in range(n)], dim=2)
-    masks = masks & (visible | (others > NEAR))
+    # Pixels near the other one of the two shapes are left out, because two colours mix there.
+    other = distances.flip(2)
+    masks = masks & (visible | (other > NEAR))
     overlap = area(masks & visible) / area(masks | visible).clamp(min=1)
     ratio = area(masks) / area(visible).clamp(min=1)
     mean = chroma(visible.flatten(3).float() @ pixels.flatten(3).mT)                        # b f n c
