@@ -436,12 +436,12 @@ def sensitivity(args):
     damaged = report.reference.scene.present.all(1).nonzero()[:max(1, args.num_clips // 10), 0].cpu()
 
     def generate(numbers, future, name):
-        future = seed + 1 + 2 * future
-        frames = toy_clips(seed, numbers, f, size, device, motion_seed=future).frames
+        motion_seed = seed + 1 + 2 * future
+        frames = toy_clips(seed, numbers, f, size, device, motion_seed=motion_seed).frames
         chosen = torch.isin(numbers, damaged)                                               # b
         if name in DAMAGES and chosen.any():
             start, indices = report.reference.scenes(numbers[chosen], device), numbers[chosen].to(device)
-            motion, other = (paths(start, seed, indices, f, future + i) for i in (0, 1))
+            motion, other = (paths(start, seed, indices, f, motion_seed + i) for i in (0, 1))
             frames[chosen.to(device)] = damages(start, motion, other, size)[name]
         return to_bytes(frames), 0.0
 
