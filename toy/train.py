@@ -67,7 +67,7 @@ flag("--unet_channels", nargs="+", default=[128, 96], help="channels by level, m
 flag("--unet_attention", nargs="+", type=int, choices=(0, 1), default=[0, 1], help="by level: transformers?")
 for stage, (steps, batch_size, lr) in STEPS.items():
     flag(f"--{stage}_steps", type=engine.positive, default=steps, help=f"optimisation steps of {stage}")
-    flag(f"--{stage}_batch_size", type=engine.positive, default=batch_size, help="clips (vae: frames) per step")
+    flag(f"--{stage}_batch_size", type=engine.positive, default=batch_size, help="clips (vae: frames) a step")
     flag(f"--{stage}_lr", type=engine.number(0.0, 1.0), default=lr, help="peak learning rate")
 flag("--num_clips", default=40000, help="clips that unet trains on, rendered and encoded once")
 flag("--unet_log_sigma", nargs=2, type=engine.number(-10.0, 10.0), default=[0.9, 1.2],
