@@ -191,11 +191,11 @@ def open_reference(args, vae, image_encoder, detector, num_frames, width, height
         cond = model.encode_condition(vae, image_encoder, frames[:, 0], noise, num_frames=num_frames,
                                       fps=data.FPS, motion_bucket_id=bucket, noise_aug_strength=0.02)
         conds.append([x.float().cpu() for x in cond])
-        frames = to_bytes(frames)
-        kept["ends"].append(frames[:, [0, -1]].cpu())
+        kept["ends"].append(to_bytes(frames[:, [0, -1]]).cpu())
+        kept["shown"].append(to_bytes(frames[numbers < SHOWN]).cpu())
         kept["features"].append(video_features(detector, frames))
-        kept["shown"].append(frames[numbers < SHOWN].cpu())
-    if (n := args.num_clips) <= (k := kept["features"][0].shape[1]):
+    n, k = args.num_clips, kept["features"][0].shape[1]
+    if n <= k:
         print(f"{n} clips are too few for {k} features: the distances are too large", file=sys.stderr)
     cond = model.Cond(*map(torch.cat, zip(*conds)))
     return Reference(cond=cond, scene=start, **{name: torch.cat(parts) for name, parts in kept.items()})
