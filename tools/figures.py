@@ -47,12 +47,12 @@ class Sheet:
         In all other lines, a name in backticks is code."""
         lines = text.split("\n")                                # size / 50: distance of lines
         for i, line in enumerate(lines):
-            style = {"family": "monospace"} if re.fullmatch("`[^`]+`", line) else {}
-            style |= {"weight": "bold"} if line.startswith("*") else {}
-            line = line.strip("`") if "family" in style else line.removeprefix("*")
+            is_code, is_bold = re.fullmatch("`[^`]+`", line), line.startswith("*")
+            line = line.strip("`") if is_code else line.removeprefix("*")
             line = re.sub(r"`(\w+)`", lambda name: rf"$\mathtt{{{name[1]}}}$".replace("_", r"\_"), line)
             self.axes.text(x, y + ((len(lines) - 1) / 2 - i) * size / 50, line, color=COLOURS[kind], ha=align,
-                           va="center_baseline", size=size, **style)
+                           va="center_baseline", size=size, family="monospace" if is_code else None,
+                           weight="bold" if is_bold else None)
 
     def box(self, x, y, width, height, text="", kind="plain"):
         """Draws a box around (x, y) -> the middles of its sides, where arrows start and end."""
