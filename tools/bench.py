@@ -231,8 +231,8 @@ def train(args):
         noise = torch.nn.Upsample(scale_factor=8)(torch.rand(60, 3, args.height // 8, args.width // 8))
         media.save_video(2 * noise - 1, args.folder / "videos" / "noise.mp4", 24)
 
-    def read(_):
-        last = checkpoint.read_lines(Path(out, "metrics.jsonl"))[-1]
+    def read(folder, output):
+        last = checkpoint.read_lines(Path(folder, "metrics.jsonl"))[-1]
         return {"ms": last["s_per_step"] * 1e3, "clips_per_s": last["clips_per_s"],
                 "memory_gib": last["memory_gb"] * 1e9 / 2**30}
 
@@ -245,8 +245,8 @@ def train(args):
                  "--log_steps 5 --max_train_steps 15 --validation_steps 99 --validation_teacher_steps 1"
                  + " --stage1 none" * (stage == 2) + " --no-cuda_graph" * (args.cuda_graph is False))
         with tempfile.TemporaryDirectory(dir=args.folder) as out:               # 10 GB at full size
-            yield run(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs", read,
-                      *torchrun.split(), f"train_stage{stage}.py", *data, *flags.split(),
+            yield run(f"stage {stage}, {width}x{height}, {kind} discriminator, {args.gpus} GPUs",
+                      partial(read, out), *torchrun.split(), f"train_stage{stage}.py", *data, *flags.split(),
                       "--model", args.model, "--device", args.device, "--output_dir", out)
 
 
