@@ -64,9 +64,9 @@ RATES = ("AnimateLCM", "AnimateLCM 5e-4"), ("SF-V", "SF-V 1e-4")
 BETTER = "AnimateLCM"
 # Multiples of the budget, with as many clips as stage 2 of the shipped student: of 6,000 clips, AnimateLCM's
 # recipe would see each one 84 times. The shipped student stands in for "osv x 14".
-MORE = " --num_clips 20000 --max_train_steps {:.0f}".format
-RUNS |= {f"osv x {times}": tuple(MORE(times * steps) for steps in STEPS) for times in (2.5, 6)}
-RUNS |= {f"{BETTER} x {times}": (None, RUNS[BETTER][1] + MORE(times * TIME / PACE["AnimateLCM"]))
+more_steps = lambda steps: f" --num_clips 20000 --max_train_steps {steps:.0f}"
+RUNS |= {f"osv x {times}": tuple(more_steps(times * steps) for steps in STEPS) for times in (2.5, 6)}
+RUNS |= {f"{BETTER} x {times}": (None, RUNS[BETTER][1] + more_steps(times * TIME / PACE["AnimateLCM"]))
          for times in (2.5, 6, 14)}
 SHIPPED_SECONDS = 624                       # on one H200: results/student_stage*.jsonl
 
