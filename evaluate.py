@@ -93,6 +93,7 @@ def fingerprint(net):
 def video_features(detector, frames: Tensor, batch_size: int = 64) -> Tensor:
     """Clips [b f 3 H W], uint8 or in [-1, 1] -> features [b k]. The detector sees 8-bit pixels, as a viewer
     does."""
+    # A TorchScript detector may have no parameters. It then runs where the frames are.
     device, features = next(detector.parameters(), frames).device, []
     for clips in frames.split(batch_size):
         pixels = rearrange(to_bytes(clips).to(device).float(), "b f c h w -> b c f h w")
