@@ -451,7 +451,8 @@ def test_sigterm_to_the_tables_ends_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RUNS", {"quick": ("", "")})
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "train_stage1.py").write_text(
-        "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n")
+        "import os, signal, time\ntime.sleep(0.5)       # until the parent is past Popen\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n")
     children, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args: children.append(popen(*args)) or children[0])
     monkeypatch.setattr(tables, "Report", lambda *_, **__: SimpleNamespace(
