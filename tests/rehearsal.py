@@ -6,9 +6,10 @@
 
 It is run by hand, not by pytest, and needs diffusers and PEFT. At full size, weights are random. The script
 makes its own videos. LEGS is the table of what runs: each leg has commands, checks and a folder WORK/NAME,
-and reads the folders of legs above it. A leg that passes leaves the marker WORK/NAME.json, and is skipped
-when the script starts again with the same --work. The exit status is 1 if a check failed. Memory is that of
-the GPU if a log has it, else of the process.
+and reads the folders of legs above it: dry runs those of pipeline, videos and check. A leg that passes leaves
+the marker WORK/NAME.json, and is skipped when the script starts again with the same --work. To stop the
+script from outside, send it SIGTERM (`timeout 570 python ..`): it ends the command in progress, too. The exit
+status is 1 if a check failed. Memory is that of the GPU if a log has it, else of the process.
 """
 import json
 import os
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import namedtuple
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -157,14 +159,17 @@ def says(*patterns):
     return lambda folder: ((p, bool(lines(folder, p)), lines(folder, p)) for p in patterns)
 
 
-def dry(clips, folder):
-    """The figures of a dry run, which leaves no file. clips: number of clips in a step."""
+def dry(clips, gib, folder):
+    """The figures of a dry run, which leaves no file. clips: number of clips in a step. gib: as in Leg."""
     text = folder.with_suffix(".log").read_text()
     yield "no file is left", [file.name for file in folder.iterdir()] == [".lock"], None
     yield "seconds per clip", None, float(re.search(r"step +(\S+) s on", text)[1]) / clips
     for what, pattern in (("seconds per step", r"step +(\S+) s on"), ("peak memory", r"peak memory (\S+) GB"),
                           ("seconds of waiting for data per step", r"(\S+) s of waiting for data")):
         yield what, None, float(re.search(pattern, text)[1])
+    if gib:
+        gb = float(re.search(r"peak memory (\S+) GB", text)[1])
+        yield "the limit of the memory was kept", gb <= gib * 2 ** 30 / 1e9, gb
     yield "whole run", None, re.search(r"steps in (.*), limited", text)[1]
 
 
@@ -302,10 +307,23 @@ for stage, (at, more) in enumerate(((AT1, ""), (AT2, " --stage1 none")), start=1
         PRESETS[f"dry{stage}_{name}"] = Leg(
             f"stage {stage}, --preset {preset}", [f"train_stage{stage}.py --preset {preset} {NETWORKS} {at} "
             f"{VIDEOS}{more} --dry_run --output_dir WORK/dry{stage}_{name}"],
-            [says("data    20 clips", "disk    "), partial(dry, clips)], None, gib)
-LEGS |= PRESETS
+            [says("data    20 clips", "disk    "), partial(dry, clips, gib)], None, gib)
+# Dry runs come before the trainings, as on the page: their checks want 28 GB of free disk.
+LEGS = {name: LEGS[name] for name in ("pipeline", "videos", "check")} | PRESETS | LEGS
 
 # ---- Running --------------------------------------------------------------------------------------------
+
+RUNNING = []                                                                    # the command in progress
+
+
+def stop_all(number, _):
+    """Handles SIGTERM and Ctrl-C: ends the command in progress and the script. An exception would not do,
+    because PyAV and safetensors lose one that is raised inside of their calls."""
+    for child in RUNNING:
+        os.killpg(child.pid, signal.SIGKILL)
+    if not args.work:
+        shutil.rmtree(work, ignore_errors=True)
+    os._exit(128 + number)
 
 
 def run(command, log, stop=None, gib=None):
@@ -320,15 +338,14 @@ def run(command, log, stop=None, gib=None):
         print(f"$ python {command}", file=file, flush=True)
         child = subprocess.Popen(argv, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
                                  env=os.environ | settings)
-    try:
-        while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
-            if stop and stop[2].exists() and stop[2].read_bytes().count(b"\n") >= stop[1]:
-                os.kill(child.pid, stop[0])
-                stop = None
-            time.sleep(0.02)
-    except BaseException:
-        os.killpg(child.pid, signal.SIGKILL)
-        raise
+    RUNNING.append(child)
+    while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if stop and stop[2].exists() and stop[2].read_bytes().count(b"\n") >= stop[1]:
+            os.kill(child.pid, stop[0])
+            stop = None
+        time.sleep(0.02)
+    RUNNING.clear()                                                             # its number is free from here
+    ended = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(ended[1])
     return child.returncode, ended[2].ru_maxrss * 1024 / 1e9
 
@@ -405,11 +422,14 @@ if args.inside:
     INSIDE[args.inside](work / args.inside)
     print(f"peak memory {engine.peak_memory(args.device):.2f} GB")
     sys.exit()
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                 # so that the child is ended, too
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop_all)
 work.mkdir(parents=True, exist_ok=True)
 try:
     if unknown := set(args.legs or []) - set(LEGS):
         parser.error(f"--legs {' '.join(unknown)}: not in {' '.join(LEGS)}")
+    if missing := [name for name in {"diffusers", "peft"} & set(args.legs or LEGS) if not find_spec(name)]:
+        parser.error(f"{' and '.join(missing)} must be installed, or give other --legs")
     sys.exit(main())
 finally:
     if not args.work:
