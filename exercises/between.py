@@ -26,7 +26,7 @@ import sampler  # noqa: E402
 import solver  # noqa: E402
 from lora import load_student  # noqa: E402
 from support import engine  # noqa: E402
-from support.checkpoint import write_json  # noqa: E402
+from support.checkpoint import check_writable, write_json  # noqa: E402
 from support.kernels import fast  # noqa: E402
 from support.media import save_sheet  # noqa: E402
 from toy.world import toy_clips  # noqa: E402
@@ -42,8 +42,9 @@ flag("--num_frames", type=engine.positive, default=14, help="frames per video; t
 args = parser.parse_args()
 if args.places < 3:
     parser.error(f"--places {args.places}: give at least 3, the two ends and one between them")
-if args.out.suffix not in (".png", ".jpg") or not args.out.parent.is_dir():
-    parser.error(f"--out {args.out}: give a name that ends in .png or .jpg, in an existing folder")
+if args.out.suffix not in (".png", ".jpg"):
+    parser.error(f"--out {args.out}: give a name that ends in .png or .jpg")
+check_writable(args.out, args.out.with_suffix(".json"))
 
 vae, image_encoder, teacher, unet = (load(sampler.TOY) for load in (
     model.load_vae, model.load_image_encoder, model.load_unet, model.load_unet))

@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluate import read_report, share_interval  # noqa: E402
-from support import engine  # noqa: E402
-from support.checkpoint import ModelError, write_json  # noqa: E402
+from support import checkpoint, engine  # noqa: E402
+from support.checkpoint import ModelError  # noqa: E402
 from tools.plot import new_figure, save_figure  # noqa: E402
 from toy.world import KINDS, paths, scene  # noqa: E402
 
@@ -35,8 +35,13 @@ flag = parser.add_argument
 flag("--report", type=Path, default=ROOT / "results/student.json", help="a report of `tools.tables student`")
 flag("--out", type=Path, default="by_speed.png", help="the plot; figures go beside it, .json")
 args = parser.parse_args()
+figures = args.out.with_suffix(".json")
+checkpoint.refuse_overwriting([args.out, figures], [args.report])
+checkpoint.check_writable(args.out, figures)
 
 report = read_report(args.report, bad_clips=str)
+if wrong := checkpoint.misfit(report["protocol"], {"world": int, "clips": int}):
+    raise ModelError(f"{args.report}: not a protocol of the toy world ({wrong})")
 rows = {(row["run"], row["sampler"]): row for row in report["rows"]}
 if missing := set(SAMPLERS.values()) - rows.keys():
     raise ModelError(f"{args.report}: it lacks the rows {sorted(missing)}; give a report of "
@@ -53,6 +58,8 @@ groups = {"one disc": single & disc, "one shape with corners": single & ~disc, "
 found, axes = [], new_figure(10, 3.4).subplots(1, len(groups), sharey=True)
 for (group, inside), panel in zip(groups.items(), axes):
     masks = [inside & (low <= bucket) & (bucket <= high) for low, high in SPEEDS]
+    if not all(mask.any() for mask in masks):
+        raise ModelError(f"{args.report}: its {len(numbers)} clips are too few: at one speed none has {group}")
     for name, clips in bad.items():
         shares = [clips[mask].mean().item() for mask in masks]
         half = [share_interval(p, int(mask.sum())) for p, mask in zip(shares, masks)]
@@ -68,5 +75,5 @@ for (group, inside), panel in zip(groups.items(), axes):
 axes[0].set(ylabel="share of bad clips")
 axes[0].legend()
 save_figure(axes[0].figure, args.out)
-write_json(args.out.with_suffix(".json"), {
+checkpoint.write_json(figures, {
     "date": time.strftime("%Y-%m-%d"), "device": report["device"], "report": args.report.name, "rows": found})

@@ -19,17 +19,16 @@ from pathlib import Path
 import grade
 import plug
 import torch
-from PIL import Image
 
 import data
 import evaluate
 import model
 import sampler
 import solver
-from support.checkpoint import ModelError, read_json, write_json
+from support.checkpoint import ModelError, check_writable, read_json, write_json
 from support.engine import command_line, number, positive
 from support.kernels import fast
-from support.media import contact_sheet
+from support.media import save_sheet
 from toy.world import toy_clips
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +51,8 @@ flag("--reference", action="store_true",
 args = parser.parse_args()
 if not args.answers.is_dir():
     parser.error(f"{args.answers}: not a folder; give one of ex*.py")
+picture, table = args.output_dir / "capstone.png", args.output_dir / "capstone.json"
+check_writable(picture, table)
 start, seconds = time.perf_counter(), {}
 
 # ---- Your functions -------------------------------------------------------------------------------------
@@ -152,11 +153,11 @@ settings = {name: getattr(args, name)
             for name in ("num_clips", "train_clips", "stage1_steps", "stage2_steps")}
 settings["teacher"] = evaluate.fingerprint(teacher)
 found = {"date": time.strftime("%Y-%m-%d"), "settings": settings, "yours": passed, "rows": rows}
-write_json(args.output_dir / "capstone.json", found)
+write_json(table, found)
 if args.reference:
     write_json(REFERENCE, found)
 reference = read_json(REFERENCE) if REFERENCE.exists() else {"settings": settings, "rows": {}}
-Image.fromarray(contact_sheet(torch.cat(sheet)).numpy()).save(args.output_dir / "capstone.png")
+save_sheet(torch.cat(sheet), picture)
 show = lambda pair: f"{pair[0]:10.1f}{pair[1]:10.2f}" if pair else f"{'-':>10}{'-':>10}"
 print(f"\n{'':40}{'toy-FVD':>10}{'sharpness':>10}{'reference':>20}")
 for name in rows | reference["rows"]:
@@ -165,4 +166,4 @@ if reference["settings"] != settings:
     print(f"the reference was measured with {json.dumps(reference['settings'])}, not {json.dumps(settings)}: "
           "the two do not compare")
 print(f"{time.perf_counter() - start:.0f} s ({', '.join(f'{s} {t:.0f} s' for s, t in seconds.items())}); "
-      f"look at {args.output_dir / 'capstone.png'}")
+      f"look at {picture}")

@@ -25,6 +25,7 @@ import sampler  # noqa: E402
 import solver  # noqa: E402
 from lora import load_student  # noqa: E402
 from support import engine  # noqa: E402
+from support.checkpoint import check_writable  # noqa: E402
 from support.kernels import fast  # noqa: E402
 from support.media import save_sheet  # noqa: E402
 from toy.world import toy_clips  # noqa: E402
@@ -36,8 +37,9 @@ flag("--clips", type=engine.positive, default=2, help="number of held-out clips"
 flag("--solver_steps", type=engine.positive, default=8, help="steps of the teacher")
 flag("--num_frames", type=engine.positive, default=14, help="frames per video")
 args = parser.parse_args()
-if args.out.suffix not in (".png", ".jpg") or not args.out.parent.is_dir():
-    parser.error(f"--out {args.out}: give a name that ends in .png or .jpg, in an existing folder")
+if args.out.suffix not in (".png", ".jpg"):
+    parser.error(f"--out {args.out}: give a name that ends in .png or .jpg")
+check_writable(args.out)
 
 vae, image_encoder, teacher, unet = (load(sampler.TOY) for load in (
     model.load_vae, model.load_image_encoder, model.load_unet, model.load_unet))

@@ -23,7 +23,7 @@ import sampler  # noqa: E402
 import solver  # noqa: E402
 from discriminator import DinoFeatures, Discriminator, load_dino  # noqa: E402
 from support import engine  # noqa: E402
-from support.checkpoint import write_json  # noqa: E402
+from support.checkpoint import check_writable, write_json  # noqa: E402
 from support.kernels import fast  # noqa: E402
 
 parser = engine.command_line("Show what the heads of a discriminator can detect.")
@@ -31,14 +31,16 @@ flag = parser.add_argument
 flag("--model", default=os.fspath(sampler.TOY), help="pipeline folder, with a dinov2/ inside")
 flag("--steps", type=engine.positive, default=300, help="training steps of each discriminator")
 flag("--batch_size", type=engine.positive, default=16, help="real clips per step, and as many fakes")
-flag("--learning_rate", type=float, default=1e-3, help="learning rate of the discriminators")
+flag("--learning_rate", default=1e-3, help="learning rate of the discriminators")
 flag("--train_clips", type=engine.positive, default=1024, help="clips to train on")
 flag("--held_out", type=engine.positive, default=256, help="clips to measure on")
-flag("--seed", type=int, default=0, help="seed of clips, noise and weights")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+flag("--seed", default=0, help="seed of clips, noise and weights")
+flag("--device", help="cuda, mps or cpu (default: the first of these that is available)")
 flag("--report", type=Path, help="JSON file to write")
 args = parser.parse_args()
-device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
+device = args.device = engine.choose_device(args.device)
+dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+check_writable(args.report)
 
 # ---- Real clips and their fakes: a set to train on and a set to measure on
 

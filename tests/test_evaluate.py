@@ -486,6 +486,37 @@ def test_bad_clips_by_speed_are_those_of_the_report(python, tmp_path):
     assert no_student.returncode == 2 and "it lacks the rows [('shipped', '1')" in no_student.stderr
 
 
+def test_bad_clips_by_speed_of_other_reports(python, tmp_path):
+    """The figures beside the plot never replace the report, whatever its name. Few clips leave groups empty,
+    which have no share."""
+    report, cli = tmp_path / "student.json", [python, "exercises/by_speed.py", "--report"]
+    shipped = checkpoint.read_json(ROOT / "results/student.json")
+    checkpoint.write_json(report, shipped | {"protocol": shipped["protocol"] | {"clips": 3}})
+    before = report.read_bytes()
+    for out, says in (("student", f"would overwrite {report}"), ("plot", "its 3 clips are too few")):
+        done = subprocess.run([*cli, report, "--out", tmp_path / f"{out}.png"], cwd=ROOT, capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert report.read_bytes() == before and os.listdir(tmp_path) == ["student.json"]
+
+
+@pytest.mark.parametrize("words, says", [
+    ("between.py --out FILE/a.png", "FILE/a.png: cannot be written"),
+    ("guidance.py --out FILE/a.png", "FILE/a.png: cannot be written"),
+    ("capstone.py --output_dir FILE", "FILE/capstone.png: cannot be written"),
+    ("heads.py --report FILE/a.json", "FILE/a.json: cannot be written"),
+    ("heads.py --learning_rate nan", "nan is not between 0.0 and 1.0"),
+    ("heads.py --device cuda:7", "--device cuda:7: ")])
+def test_exercises_that_draw_refuse_bad_flags_at_once(python, tmp_path, words, says):
+    """Before minutes of work, and before the first line of their output."""
+    (tmp_path / "file").touch()
+    put = lambda text: text.replace("FILE", f"{tmp_path}/file")
+    done = subprocess.run([python, *f"exercises/{put(words)}".split()], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stdout == "" and put(says) in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["file"]
+
+
 def test_fingerprints_change_with_the_code_and_the_teacher(small, tmp_path, monkeypatch):
     """Not with a file that training does not run."""
     for name in ("train_stage1.py", "support/engine.py", "toy/world.py", "toy/shapes.py"):
@@ -666,6 +697,18 @@ def test_tables_of_pages_come_from_the_results(tmp_path):
     assert "`results/bench.json`: a GPU, matrix product 700 TFLOP/s, today." in text
     pages.write_page(page, results)
     assert page.read_text() == text                                     # a second run changes nothing
+    for file, content, wrong in (
+            ("bench.json", report, "bench.json: side_by_side (KeyError('nets')"),
+            ("bench.json", report | {"nets": 5}, "bench.json: side_by_side (TypeError("),
+            ("table1.json", report | {"rows": rows[:2], "protocol": {}}, "orderings (KeyError('clips')"),
+            ("table2.json", {"rows": []}, "table2.json: table2 (ModelError(")):
+        good = (results / file).read_bytes()
+        checkpoint.write_json(results / file, content)
+        with pytest.raises(ModelError) as caught:                       # of another version, or cut short
+            pages.write_page(page, results)
+        assert f"{page}: no table of " in str(caught.value) and wrong in str(caught.value)
+        assert page.read_text() == text
+        (results / file).write_bytes(good)
     pages.plot(rows, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size == (700, 420) and len(picture.convert("RGB").getcolors(100_000)) > 3
@@ -759,6 +802,9 @@ def test_rows_of_a_sheet_are_numbered(tmp_path):
         left = picture.convert("L").crop((0, 0, 14, 131))
         assert picture.size == (56, 131)
         assert left.crop((0, 0, 14, 65)).getextrema()[0] < 100 < left.crop((0, 65, 14, 131)).getextrema()[1]
+    (tmp_path / "sheet.jpg").write_bytes((tmp_path / "sheet.jpg").read_bytes()[:-40])
+    with pytest.raises(ModelError, match="sheet.jpg: cannot be read as a picture"):
+        pages.number_rows(tmp_path / "sheet.jpg", tmp_path / "out.jpg", rows=2)
 
 
 def test_an_interval_of_no_bad_clips_is_not_empty():

@@ -21,11 +21,12 @@ from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw, ImageOps
 
 from evaluate import half_width
-from support.checkpoint import read_json, read_lines, replacing
+from support.checkpoint import ModelError, read_json, read_lines, replacing
 from support.engine import command_line
+from support.media import load_image
 from tools.plot import new_figure, save_figure
 from tools.tables import RATES, ROOT, SHIPPED, TABLE1, TABLE2
 
@@ -232,9 +233,17 @@ def sources(reports, protocol):
 
 
 def write_page(page, results):
-    """Replaces the tables of a page by those made of the reports in the folder `results`."""
-    text = re.sub(r"(?s)(<!-- table (.*?) -->\n).*?(?=<!-- end -->)",
-                  lambda match: match[1] + table(match[2], results), page.read_text(encoding="utf-8"))
+    """Replaces the tables of a page by those made of the reports in the folder `results`. Raises ModelError
+    if a table cannot be made: its files are of another version, or lack its rows."""
+    def replaced(match):
+        try:
+            return match[1] + table(match[2], results)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            source = match[2].partition(" | ")[0]
+            raise ModelError(f"{page}: no table of {source} ({error!r}); measure its files again") from error
+
+    text = re.sub(r"(?s)(<!-- table (.*?) -->\n).*?(?=<!-- end -->)", replaced,
+                  page.read_text(encoding="utf-8"))
     with replacing(page) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -282,7 +291,7 @@ def plot_budgets(rows, out):
 
 def number_rows(sheet, out, rows, height=65):
     """Writes a contact sheet with the numbers 1 to `rows`, again and again, left of its rows."""
-    numbered = ImageOps.expand(Image.open(sheet), (16, 0, 0, 0), "white")
+    numbered = ImageOps.expand(load_image(sheet), (16, 0, 0, 0), "white")
     for i in range(numbered.height // height):
         ImageDraw.Draw(numbered).text((8, i * height + height // 2), str(i % rows + 1), "black", anchor="mm")
     with replacing(out) as part:
