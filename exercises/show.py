@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import plug
 import torch
-from PIL import Image
 from torch import nn
 
 import discriminator
@@ -254,10 +253,10 @@ HEIGHTS = {"ex10_tokens": 1.6, "ex11_gather": 2.2}       # in units of 100 pixel
 PICTURES = {file: globals()[file[:4]] for file in plug.EXERCISES}
 
 
-def show(name, functions, file):
+def show(name, functions, file, colours=None):
     """Draws the picture of the exercise `name` (ex05_solve) from `functions` {name: function} to `file`
-    (Path, .png). Raises ModelError if matplotlib is missing or a function is not written yet, OSError if
-    the file cannot be written; an error inside an answer keeps its traceback."""
+    (Path, .png). colours: as for save_figure. Raises ModelError if matplotlib is missing or a function is
+    not written yet, OSError if the file cannot be written; an error inside an answer keeps its traceback."""
     torch.manual_seed(0)
     figure = new_figure(7.2, HEIGHTS.get(name, 2.9))
     check_writable(file)
@@ -275,7 +274,7 @@ def show(name, functions, file):
         panel.tick_params(labelsize=7)
         if panel.get_legend():
             panel.legend(fontsize=7)
-    save_figure(figure, file)
+    save_figure(figure, file, colours)
 
 
 def answers_of(folder, name):
@@ -296,9 +295,7 @@ def main():
         if args.exercise or args.out:
             parser.error("--figures draws all figures: leave the exercise and --out out")
         for name in PICTURES:
-            file = HERE / "figures" / f"{name[:4]}.png"
-            show(name, {}, file)
-            Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)      # a third of the size
+            show(name, {}, HERE / "figures" / f"{name[:4]}.png", colours=128)
         return
     chosen = [name for name in PICTURES if args.exercise in (name, name[:4], f"{name}.py")]
     if not chosen:

@@ -81,3 +81,11 @@ def test_the_script_writes_its_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"empty": lambda: figures.Sheet(0.5).figure})
     figures.main(tmp_path)
     assert Image.open(tmp_path / "empty.png").size == (1800, 50)
+    before = (tmp_path / "empty.png").read_bytes()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Image.Image, "quantize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        figures.main(tmp_path)
+    assert (tmp_path / "empty.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 1

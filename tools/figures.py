@@ -14,7 +14,6 @@ import re
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
 
 import lora
 import model
@@ -323,10 +322,7 @@ FIGURES = {"method": method, "noise_axis": noise_axis, "unet_block": unet_block}
 
 def main(folder=ROOT / "docs"):
     for name, draw in FIGURES.items():
-        out = folder / f"{name}.png"
-        save_figure(draw(), out)
-        image = Image.open(out).convert("RGB")                  # 128 colours: a third of the bytes
-        image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=2).save(out)
+        save_figure(draw(), folder / f"{name}.png", colours=128)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+from PIL import Image
+
 from support.checkpoint import ModelError, read_lines, refuse_overwriting, replacing
 from support.engine import command_line
 
@@ -19,19 +21,21 @@ def new_figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        hint = "install it with `pip install -r requirements-dev.txt`"
-        raise ModelError(f"matplotlib is missing; {hint}") from error
+        raise ModelError("matplotlib is missing: `pip install -r requirements-dev.txt` has it") from error
     return Figure((width, height), dpi=100, layout="constrained")
 
 
-def save_figure(figure, out):
+def save_figure(figure, out, colours=None):
     """Writes a figure, whole or not at all, in the format that the suffix of `out` names. Raises ModelError
-    for another suffix."""
+    for another suffix. colours: reduces a PNG to this number of colours; 128 take a third of the bytes."""
     kind = out.suffix[1:].lower()
     if kind not in ("png", "jpg", "svg", "pdf"):
         raise ModelError(f"{out}: the name must end in .png, .jpg, .svg or .pdf")
     with replacing(out) as part:
         figure.savefig(part, format=kind)
+        if colours:
+            image = Image.open(part).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2)
+            image.save(part, "PNG")
 
 
 def plot(metrics, out):
