@@ -1,5 +1,6 @@
 """Tests of exercises/grade.py: a class of odd submissions gets the right points and the right reasons."""
 import csv
+import json
 import os
 import re
 import shutil
@@ -319,3 +320,14 @@ def test_grade_for_the_capstone(python, tmp_path, monkeypatch):
     shutil.copy(plug.ROOT / "exercises" / "ex07_hinge.py", tmp_path / "ada")
     passed, tests, text = grade.grade(tmp_path / "ada", ["ex09_ema"])["ex09_ema"]
     assert (passed, tests) == (0, 7) and text.startswith("NotImplementedError")
+
+
+def test_a_sandbox_whose_grader_was_killed_ends_in_silence():
+    """The reply finds no reader. Its traceback would appear in the shell after the grader's end."""
+    process = subprocess.Popen([sys.executable, "exercises/sandbox.py"], cwd=plug.ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    request = {"folder": "", "exercise": "ex01", "time_limit": 60, "memory_limit": 2}
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.close()
+    assert process.stderr.read() == "" and process.wait(60) == 0
