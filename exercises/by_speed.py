@@ -59,7 +59,7 @@ found, axes = [], new_figure(10, 3.4).subplots(1, len(groups), sharey=True)
 for (group, inside), panel in zip(groups.items(), axes):
     masks = [inside & (low <= bucket) & (bucket <= high) for low, high in SPEEDS]
     if not all(mask.any() for mask in masks):
-        raise ModelError(f"{args.report}: its {len(numbers)} clips are too few: at one speed none has {group}")
+        raise ModelError(f"{args.report}: its {len(numbers)} clips are too few: no {group} at one speed")
     for name, clips in bad.items():
         shares = [clips[mask].mean().item() for mask in masks]
         half = [share_interval(p, int(mask.sum())) for p, mask in zip(shares, masks)]
