@@ -12,7 +12,7 @@ First the files in results/, then where their rows are: keys of the reports, joi
 ROWS. Then the columns, each with the format of its cells.
 
 The pictures are results/table1_nfe.png and results/budgets.png, plots of table1.json and budgets.json, and
-results/student_rows.jpg, which is results/student.jpg with the numbers of its rows.
+copies of contact sheets with the numbers of their rows, such as results/student_rows.jpg.
 """
 import re
 import statistics
@@ -239,8 +239,8 @@ def write_page(page, results):
         try:
             return match[1] + table(match[2], results)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            source = match[2].partition(" | ")[0]
-            raise ModelError(f"{page}: no table of {source} ({error!r}); measure its files again") from error
+            source, _, _ = match[2].partition(" | ")
+            raise ModelError(f"{page}: no table of {source} ({error!r}); measure again") from error
 
     text = re.sub(r"(?s)(<!-- table (.*?) -->\n).*?(?=<!-- end -->)", replaced,
                   page.read_text(encoding="utf-8"))
@@ -304,7 +304,8 @@ def main(root=ROOT):
     plot(read_result(root / "results/table1.json")["rows"], root / "results/table1_nfe.png")
     if (budgets := root / "results/budgets.json").exists():
         plot_budgets(read_result(budgets)["rows"], root / "results/budgets.png")
-    number_rows(root / "results/student.jpg", root / "results/student_rows.jpg", rows=5)
+    for name, rows in (("student", 5), ("table1", 3), ("sensitivity", 10)):
+        number_rows(root / f"results/{name}.jpg", root / f"results/{name}_rows.jpg", rows)
 
 
 if __name__ == "__main__":
