@@ -320,7 +320,8 @@ def summary(values):
 
 
 def read_report(file, **figures):
-    """The content of a report. figures: the type of each figure that a row must have. Raises ModelError."""
+    """The content of the report at the Path `file`. figures: the type of each figure that a row must have.
+    Raises ModelError."""
     report = checkpoint.read_json(file, command=str, date=str, device=str, protocol=dict, rows=list)
     for row in report["rows"]:
         if wrong := checkpoint.misfit(row, {"run": str, "sampler": str, "seed": int, **figures}):
