@@ -446,6 +446,24 @@ def test_a_training_that_fails_or_is_stopped_ends_the_table(status, tmp_path, mo
         tables.trained("quick", 0, args, {"sources": "s", "teacher_sha256": "t"})
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_patch_of_the_page_fits_the_code(tmp_path):
+    """Its changes are off by default: the flags of "osv" stay, and it only adds rows to tables."""
+    for folder in ("support", "tools", "toy"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    run = partial(subprocess.run, cwd=tmp_path, text=True, capture_output=True,
+                  env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)})
+    done = run(["git", "apply", ROOT / "results/one_step.patch"])
+    assert done.returncode == 0, done.stderr
+    code = "from tools.tables import *; print(*(RUNS[run] for run in CHANGES), sep=';')"
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    runs = done.stdout.strip().split(";")
+    assert len(runs) == 9 and runs[0] == "('', '')" and "('--relativistic', '--relativistic')" in runs
+
+
 def test_sigterm_to_the_tables_ends_the_training(tmp_path, monkeypatch):
     """A trainer that went on alone would lock its folder."""
     monkeypatch.setattr(tables, "RUNS", {"quick": ("", "")})
