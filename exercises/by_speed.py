@@ -60,16 +60,18 @@ for (group, inside), panel in zip(groups.items(), axes):
     masks = [inside & (low <= bucket) & (bucket <= high) for low, high in SPEEDS]
     if not all(mask.any() for mask in masks):
         raise ModelError(f"{args.report}: its {len(numbers)} clips are too few: no {group} at one speed")
-    for name, clips in bad.items():
-        shares = [clips[mask].mean().item() for mask in masks]
-        half = [share_interval(p, int(mask.sum())) for p, mask in zip(shares, masks)]
-        ends = [[min(p, h) for p, h in zip(shares, half)], [min(1 - p, h) for p, h in zip(shares, half)]]
-        panel.errorbar(range(len(SPEEDS)), shares, ends, fmt="o-", capsize=3, label=name)
-    for (low, high), mask in zip(SPEEDS, masks):
-        shares = {name: clips[mask].mean().item() for name, clips in bad.items()}
-        found.append({"group": group, "speed": f"{low} to {high}", "clips": int(mask.sum()), **shares})
-        print(f"{group:24} {low:3} to {high:3} {int(mask.sum()):4} clips ", ", ".join(
-            f"{name} {share:.0%}" for name, share in shares.items()))
+    counts = [int(mask.sum()) for mask in masks]
+    shares = {name: [clips[mask].mean().item() for mask in masks] for name, clips in bad.items()}
+    for name, values in shares.items():
+        half = [share_interval(p, n) for p, n in zip(values, counts)]
+        low_ends = [min(p, h) for p, h in zip(values, half)]            # a share lies between 0 and 1
+        high_ends = [min(1 - p, h) for p, h in zip(values, half)]
+        panel.errorbar(range(len(SPEEDS)), values, [low_ends, high_ends], fmt="o-", capsize=3, label=name)
+    for i, (low, high) in enumerate(SPEEDS):
+        row = {name: values[i] for name, values in shares.items()}
+        found.append({"group": group, "speed": f"{low} to {high}", "clips": counts[i], **row})
+        print(f"{group:24} {low:3} to {high:3} {counts[i]:4} clips ", ", ".join(
+            f"{name} {share:.0%}" for name, share in row.items()))
     panel.set(title=group, xlabel="motion bucket (slow to fast)")
     panel.set_xticks(range(len(SPEEDS)), [f"{low}-{high}" for low, high in SPEEDS])
 axes[0].set(ylabel="share of bad clips")
