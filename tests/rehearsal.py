@@ -165,15 +165,16 @@ def says(*patterns):
 def dry(clips, gib, folder):
     """The figures of a dry run, which leaves no file. clips: number of clips in a step. gib: as in Leg."""
     text = folder.with_suffix(".log").read_text()
+    find = lambda pattern: re.search(pattern, text)[1]
+    step, memory = float(find(r"step +(\S+) s on")), float(find(r"peak memory (\S+) GB"))
     yield "no file is left", [file.name for file in folder.iterdir()] == [".lock"], None
-    yield "seconds per clip", None, float(re.search(r"step +(\S+) s on", text)[1]) / clips
-    for what, pattern in (("seconds per step", r"step +(\S+) s on"), ("peak memory", r"peak memory (\S+) GB"),
-                          ("seconds of waiting for data per step", r"(\S+) s of waiting for data")):
-        yield what, None, float(re.search(pattern, text)[1])
+    yield "seconds per step", None, step
+    yield "seconds per clip", None, step / clips
+    yield "seconds of waiting for data per step", None, float(find(r"(\S+) s of waiting for data"))
+    yield "whole run", None, find(r"steps in (.*), limited")
+    yield "peak memory", None, memory
     if gib:
-        gb = float(re.search(r"peak memory (\S+) GB", text)[1])
-        yield "the limit of the memory was kept", gb <= gib * 2 ** 30 / 1e9, gb
-    yield "whole run", None, re.search(r"steps in (.*), limited", text)[1]
+        yield "the limit of the memory was kept", memory <= gib * 2 ** 30 / 1e9, memory
 
 
 def lists_bad(name, folder):
@@ -263,11 +264,23 @@ FILES = "student.safetensors", "disc.safetensors", "merged/config.json"
 AFTER1 = [partial(trained, STEPS1, LORA), has(*FILES, lora.LORA_FILE)]
 AFTER2 = [partial(trained, STEPS2, rf"{LORA}|\.temporal_transformer_blocks\."), has(*FILES)]
 
+# Dry runs say what each preset needs. "single" has one clip per step: the share of one of several GPUs.
+PRESETS = {}
+for stage, batch, flags in ((1, 8 if full else 2, AT1), (2, 2, f"{AT2} --stage1 none")):
+    for name, preset, clips, gib in (("single", "paper --batch_size 1", 1, None),
+                                     ("one_gpu", f"one_gpu{SMALL}", batch, None),
+                                     ("24gb", f"one_gpu_24gb{SMALL}", batch, 23)):
+        PRESETS[f"dry{stage}_{name}"] = Leg(
+            f"stage {stage}, --preset {preset}", [f"train_stage{stage}.py --preset {preset} {NETWORKS} "
+            f"{VIDEOS} {flags} --dry_run --output_dir WORK/dry{stage}_{name}"],
+            [says("data    20 clips", "disk    "), partial(dry, clips, gib)], None, gib)
+
 LEGS = {
     "pipeline": Leg("networks in SVD's layout", inside["pipeline"], [has("model_index.json")]),
     "videos": Leg("video files", inside["videos"], [has(*BAD, "picture.png")]),
     "check": Leg("data.py check", [f"data.py check WORK/videos {AT2} --out WORK/check/good.jsonl"], [
         says(f"{GOOD} videos are good", "2 are not"), partial(lists_bad, "good.bad.jsonl")]),
+    **PRESETS,                                          # before the trainings: they want 28 GB of free disk
     "encode": Leg("data.py encode", [
         f"data.py encode WORK/videos --model WORK/pipeline {AT2} --num_clips {GOOD + 2} --shard_size 7 "
         "--out WORK/encode", "data.py check WORK/encode"], [
@@ -303,18 +316,6 @@ LEGS = {
         partial(video, name, SIZE1 if full else (128, 128)) for name in ("one_step.gif", "time_travel.gif")]),
     "peft": Leg("LoRA through PEFT", inside["peft"], [near]),
 }
-# Dry runs say what each preset needs. "single" has one clip per step: the share of one of several GPUs.
-PRESETS = {}
-for stage, (at, more) in enumerate(((AT1, ""), (AT2, " --stage1 none")), start=1):
-    for name, preset, clips, gib in (("single", "paper --batch_size 1", 1, None),
-                                     ("one_gpu", f"one_gpu{SMALL}", (8, 2)[stage - 1] if full else 2, None),
-                                     ("24gb", f"one_gpu_24gb{SMALL}", (8, 2)[stage - 1] if full else 2, 23)):
-        PRESETS[f"dry{stage}_{name}"] = Leg(
-            f"stage {stage}, --preset {preset}", [f"train_stage{stage}.py --preset {preset} {NETWORKS} {at} "
-            f"{VIDEOS}{more} --dry_run --output_dir WORK/dry{stage}_{name}"],
-            [says("data    20 clips", "disk    "), partial(dry, clips, gib)], None, gib)
-# Dry runs come before the trainings, as on the page: their checks want 28 GB of free disk.
-LEGS = {name: LEGS[name] for name in ("pipeline", "videos", "check")} | PRESETS | LEGS
 
 # ---- Running --------------------------------------------------------------------------------------------
 
@@ -349,7 +350,8 @@ def run(command, log, stop=None, gib=None):
             os.kill(child.pid, stop[0])
             stop = None
         time.sleep(0.02)
-    RUNNING.clear()                                                             # its number is free from here
+    # Before wait4: afterwards another process may have this number, and stop_all would kill that one.
+    RUNNING.clear()
     ended = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(ended[1])
     return child.returncode, ended[2].ru_maxrss * 1024 / 1e9
