@@ -785,10 +785,28 @@ def test_changes_are_compared_with_none():
     assert new["tts"]["fvd"] == 11.5 and new["tts"]["bad_difference"] == "+6.2% (+0.0% to +20.7%)"
 
 
+def test_recipes_are_compared_at_equal_time():
+    """A length that only one of them has is left out: the shipped student has no counterpart."""
+    row = lambda run, name, fvd, bits: {
+        **FIGURES, "run": run, "sampler": name, "fvd": fvd, "fvd_draws": [fvd - 1, fvd, fvd + 1],
+        "bad": bits / 64, "bad_interval": 0.1, "bad_clips": f"{2 ** bits - 1:x}"}
+    rows = [row("osv", "1", 18.0, 40), row("osv", "tts", 9.0, 30), row("osv x 6", "1", 15.0, 38),
+            row("osv x 6", "tts", 9.0, 30), row("osv x 9", "1", 1.0, 1), row("osv x 9", "tts", 1.0, 1),
+            row(tables.BETTER, "1", 32.0, 44), row(tables.BETTER, "2", 10.0, 36),
+            row(f"{tables.BETTER} x 6", "1", 12.0, 40), row(f"{tables.BETTER} x 6", "2", 9.0, 36)]
+    short, long = pages.recipes({"protocol": {"clips": 64}, "rows": rows})
+    assert (short["run"], long["run"]) == ("osv", "osv x 6")
+    assert short["one"]["fvd_difference"] == "-14.0 (-14.0 to -14.0)" and short["one"]["fvd_here"] == "yes"
+    assert long["one"]["fvd_difference"] == "+3.0 (+3.0 to +3.0)"
+    assert long["one"]["bad_difference"].startswith("-3.1%")
+    assert long["two"]["fvd_here"] == "not told apart" and long["two"]["bad_here"] == "yes"
+
+
 def test_budgets_are_plotted(tmp_path):
     row = {**FIGURES, "fvd": 9.0, "bad": 0.5, "bad_interval": 0.1}
-    rows = [{**row, "run": f"osv{times}", "sampler": name, "training_seconds": seconds}
-            for name in ("1", "tts") for times, seconds in (("", 50), (" x 6", 300))]
+    rows = [{**row, "run": f"osv{times}", "sampler": name, "nfe": nfe, "seed": 0, "interval": 1.0,
+             "training_seconds": seconds}
+            for name, nfe in (("1", 1), ("tts", 2)) for times, seconds in (("", 50), (" x 6", 300))]
     pages.plot_budgets(rows, tmp_path / "budgets.png")
     with Image.open(tmp_path / "budgets.png") as picture:
         assert picture.size == (900, 400) and len(picture.convert("RGB").getcolors(100_000)) > 3

@@ -28,7 +28,7 @@ from support.checkpoint import ModelError, read_json, read_lines, replacing
 from support.engine import command_line
 from support.media import load_image
 from tools.plot import new_figure, save_figure
-from tools.tables import RATES, ROOT, SHIPPED, TABLE1, TABLE2
+from tools.tables import BETTER, BUDGETS, RATES, ROOT, SHIPPED, TABLE1, TABLE2
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows of quality: reports of tools/tables.py
@@ -131,6 +131,17 @@ def orderings(*reports):
                    **dict(compared(first, second, reports[0]["protocol"]["clips"]))}
 
 
+def recipes(report):
+    """A row for each length of training: "osv" less AnimateLCM's recipe, "one" in one step, "two" in two
+    evaluations, where "osv" is sampled with Time Travel."""
+    rows, clips = over_seeds(report["rows"]), report["protocol"]["clips"]
+    for run in dict.fromkeys(row["run"] for row in rows.values() if row["run"].startswith("osv")):
+        other = run.replace("osv", BETTER)
+        if f"{other}, 1" in rows:
+            yield {"run": run, "one": dict(compared(rows[f"{run}, 1"], rows[f"{other}, 1"], clips)),
+                   "two": dict(compared(rows[f"{run}, tts"], rows[f"{other}, 2"], clips))}
+
+
 def one_step(report):
     """A row for each change of a training: "one" in one step, "tts" with Time Travel. Each is compared with
     the first, which is without a change."""
@@ -171,10 +182,12 @@ ROWS = {
     "headline": partial(measured, rows=[(HEADLINE[row[:2]], *row) for row in SHIPPED if row[:2] in HEADLINE]),
     "student": partial(measured, rows=[("", *row) for row in SHIPPED]), "scaling": scaling,
     "table1": partial(measured, rows=[("", *row) for row in TABLE1]), "side_by_side": side_by_side,
+    "budgets": partial(measured, rows=[("", *row) for row in BUDGETS]),
     "table2": partial(measured, rows=[(f"{part}: ", *row) for part, rows in TABLE2.items() for row in rows]),
     "toy": lambda report: [row | {"guidance": row["guidance"] or "none"} for row in report["teacher"]],
     # The first row of the sensitivity is that of undamaged clips.
-    "orderings": orderings, "one_step": one_step, "sensitivity": lambda report: report["rows"][1:]}
+    "orderings": orderings, "recipes": recipes, "one_step": one_step,
+    "sensitivity": lambda report: report["rows"][1:]}
 
 
 def read_result(file):
@@ -211,7 +224,8 @@ def table(comment, results):
     is_number = re.compile(r"([+-]?\d|inf|out of memory|$)").match
     align = ["--:" if i and all(map(is_number, column)) else "---" for i, column in enumerate(zip(*lines))]
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in [heads, align, *lines])
-    return f"{markdown}\n\n{sources(reports, where in ('student', 'table1', 'table2', 'one_step'))}\n"
+    trained = where in ("student", "table1", "budgets", "table2", "one_step")
+    return f"{markdown}\n\n{sources(reports, protocol=trained)}\n"
 
 
 def sources(reports, protocol):
@@ -275,14 +289,17 @@ def plot(rows, out):
 
 
 def plot_budgets(rows, out):
-    """Draws toy-FVD and the share of bad clips over seconds of training: a line per recipe and sampler."""
+    """Draws toy-FVD and the share of bad clips over seconds of training: a colour per recipe, a solid line
+    for one step and a dashed one for two evaluations."""
     lines = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["training_seconds"]):
-        lines[f"{row['run'].split(' x ')[0]}, {row['sampler']}"].append(row)
+    for row in sorted(over_seeds(rows).values(), key=lambda row: row["training_seconds"]):
+        lines[row["run"].split(" x ")[0], row["nfe"]].append(row)
+    colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(run for run, _ in lines))}
     for axes, y, half in zip(new_figure(9, 4).subplots(1, 2), ("fvd", "bad"), ("interval", "bad_interval")):
-        for name, points in lines.items():
+        for (run, nfe), points in lines.items():
             x, values, error = zip(*((row["training_seconds"], row[y], row[half]) for row in points))
-            axes.errorbar(x, values, error, fmt="o-", capsize=3, label=name)
+            axes.errorbar(x, values, error, fmt="o-" if nfe == 1 else "s--", capsize=3, color=colours[run],
+                          label=f"{run}, {'one step' if nfe == 1 else 'two evaluations'}")
         axes.set(xscale="log", xlabel="seconds of training", ylabel={"fvd": "toy-FVD", "bad": "bad clips"}[y])
         axes.set_xticks(ticks := [50, 100, 200, 500], ticks)
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -302,8 +319,7 @@ def main(root=ROOT):
     for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
         write_page(page, root / "results")
     plot(read_result(root / "results/table1.json")["rows"], root / "results/table1_nfe.png")
-    if (budgets := root / "results/budgets.json").exists():
-        plot_budgets(read_result(budgets)["rows"], root / "results/budgets.png")
+    plot_budgets(read_result(root / "results/budgets.json")["rows"], root / "results/budgets.png")
     for name, rows in (("student", 5), ("table1", 3), ("sensitivity", 10)):
         number_rows(root / f"results/{name}.jpg", root / f"results/{name}_rows.jpg", rows)
 
