@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import model
 from lora import LORA_FILE, load_lora, merge_lora, save_lora
@@ -53,15 +54,13 @@ World = namedtuple("World", "rank size device restarted", defaults=[False])
 def choose_device(name=None):
     """The device with this name, or the fastest one of this computer. A GPU becomes the current one, on which
     kernels, graphs and streams of this process run. Raises ModelError."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    here = [kind for kind, count in counts.items() if count]
-    if not re.fullmatch(f"({'|'.join(here)})(:\\d)?", name or here[0]):
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    found = [own for own in here if not name or name in (own, own.removesuffix(":0"), f"{own}:0")]
+    if not found:
         raise ModelError(f"--device {name}: not available here; use {' or '.join(here)}")
-    device = torch.device(name or here[0])
-    if (device.index or 0) >= counts[device.type]:
-        raise ModelError(f"--device {name}: there are only {counts[device.type]} of this kind")
+    device = torch.device(found[0])
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
 
@@ -452,28 +451,6 @@ def graph_memory():
     return stream, pool, first
 
 
-def start_gradients(parameters, buffers):
-    """If .grad is None, in the first micro-batch of a step, sets it to zeroed `buffers`, one for each of
-    `parameters`. A CUDA graph writes to fixed addresses, so each step uses the same buffers, which the first
-    call puts into that list."""
-    if parameters and parameters[0].grad is None:
-        if not buffers:
-            buffers.extend(torch.empty_like(p) for p in parameters)
-        torch._foreach_zero_(buffers)
-        for p, buffer in zip(parameters, buffers):
-            p.grad = buffer
-
-
-def leaves(x):
-    """The tensors and Nones of nested tuples, as a list."""
-    return [leaf for part in x for leaf in leaves(part)] if isinstance(x, tuple) else [x]
-
-
-def with_leaves(x, new):
-    """A named tuple like x, with the next one of the iterator `new` in place of each leaf."""
-    return type(x)(*(with_leaves(part, new) for part in x)) if isinstance(x, tuple) else next(new)
-
-
 def cuda_graph(function, parameters=()):
     """A function that does the GPU work of `function` as one CUDA graph.
 
@@ -491,21 +468,25 @@ def cuda_graph(function, parameters=()):
     stream, pool, _ = graph_memory()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)                               # the default stream cannot be recorded
-    graph, parameters, buffers, calls = torch.cuda.CUDAGraph(), list(parameters), [], 0
-    inputs, outputs = [], None
+    graph, parameters, calls = torch.cuda.CUDAGraph(), list(parameters), 0
+    buffers = inputs = outputs = None
 
     def run(*arguments):
-        nonlocal inputs, outputs, calls
+        nonlocal buffers, inputs, outputs, calls
         calls += 1
-        start_gradients(parameters, buffers)
+        if parameters and parameters[0].grad is None:           # in the first micro-batch of a step
+            # A CUDA graph writes to fixed addresses, so each step uses the same gradients, from zero on.
+            buffers = buffers or [torch.empty_like(p) for p in parameters]
+            torch._foreach_zero_(buffers)
+            for p, buffer in zip(parameters, buffers):
+                p.grad = buffer
         if calls < 4:                           # the first calls compile kernels and choose algorithms
             return function(*arguments)
-        tensors = leaves(arguments)
+        tensors, structure = tree_flatten(arguments)            # of nested tuples; None counts as a tensor
         if calls == 4:
             inputs = [t if t is None or t.requires_grad else t.clone() for t in tensors]
             with torch.cuda.graph(graph, pool, stream, "thread_local"):
-                new = iter(inputs)
-                outputs = function(*(with_leaves(x, new) for x in arguments))
+                outputs = function(*tree_unflatten(inputs, structure))
         else:           # not at call 4, where autograd would report that a saved input has changed in place
             for own, given in zip(inputs, tensors):
                 if own is not given:
@@ -661,8 +642,8 @@ class Log:
             return
         if "loss_d" in values:
             values["logits_gap"] = values["logits_real"] - values["logits_fake"]
-        values |= {"s_per_step": seconds, "clips_per_s": self.args.batch_size / seconds, **more}
-        values["memory_gb"] = peak_memory(self.world.device)
+        values |= {"s_per_step": seconds, "clips_per_s": self.args.batch_size / seconds, **more,
+                   "memory_gb": peak_memory(self.world.device)}
         # From the mean of all steps of this process: sample sheets and checkpoints count.
         left = (now - self.start) / (step - self.first) * (self.args.max_train_steps - step)
         with suppress(OSError):                     # a closed pipe or a full disk does not end the training

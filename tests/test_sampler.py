@@ -228,7 +228,7 @@ def test_several_pictures_have_seeds_of_their_own(run, tmp_path, pipeline_folder
     (["--image", "in.png", "--model", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--student", "empty"], "expected the diffusers layout"),
     (["--image", "in.png", "--device", "tpu"], "--device tpu: not available here; use"),
-    (["--image", "in.png", "--device", "cpu:7"], "--device cpu:7: there are only 1 of this kind"),
+    (["--image", "in.png", "--device", "cpu:7"], "--device cpu:7: not available here; use"),
     (["--image", "in.png", "--teacher", "--student", "net"], "--teacher does not go with --student"),
     (["--image", "in.png", "--teacher", "--tts"], "--tts: the Time Travel Sampler is for a student"),
     (["--image", "in.png", "--model", "empty", "--tts"], "--tts: the Time Travel Sampler is for a student"),

@@ -972,12 +972,12 @@ def test_empty_values_are_refused(capsys, flag):
 
 @pytest.mark.parametrize("name, error", [
     ("cpu", None), (None, None), ("tpu", "not available here"), ("cuda", "not available here"),
-    ("cpu:1", "only 1 of this kind"), ("cuda:9", "not available here|only . of"), ("cpu:", "not available")])
+    ("cpu:0", None), ("cpu:1", "use .*cpu$"), ("cuda:9", "not available here"), ("cpu:", "not available")])
 def test_devices(name, error):
     if name and name.startswith("cuda") and torch.cuda.is_available():
         name, error = name.replace(":9", ":99"), error and "not available here"
     if error is None or name == "cuda" and torch.cuda.is_available():
-        assert engine.choose_device(name).type == (name or engine.choose_device().type)
+        assert engine.choose_device(name).type == (name or engine.choose_device().type).removesuffix(":0")
     else:
         with pytest.raises(checkpoint.ModelError, match=error):
             engine.choose_device(name)
