@@ -243,7 +243,7 @@ class Clips:
                 print(f"warning: {path!r}: {facts['reason']}: replaced, tried again later", file=sys.stderr)
         # setdefault: when two threads read the same bad file, one of them adds it to the list.
         elif "reason" in facts and self.bad.setdefault(path, facts) is facts and self.skip_list:
-            with open(self.skip_list, "a") as file:
+            with checkpoint.writing(self.skip_list), open(self.skip_list, "a") as file:
                 file.write(json.dumps(facts) + "\n")
         return frames, facts
 

@@ -7,6 +7,7 @@
     read_safetensors    yields (key, tensor); write_safetensors writes {key: tensor}
     read_json           a JSON object, with the types of its keys checked; read_lines: one per line
     replacing           writes a file under a temporary name and renames it at the end
+    writing             names the file in an error; replacing and check_writable use it
     check_writable, refuse_overwriting, require_file, clear_parts       for the start of a script
     collect, restore    the state of a run as named tensors, and back
     save_checkpoint, load_checkpoint    safetensors and JSON, written atomically; incomplete ones are skipped
@@ -26,6 +27,7 @@ import shutil
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,12 +140,11 @@ def save_network(net, folder, dtype=None, variant=None):
 
 def check_fit(unet, vae, image_encoder):
     """Raises ModelError for networks of different models, which cannot work together."""
-    for what, of_unet, of_other in (
-            ("image embeddings", unet.config["cross_attention_dim"], image_encoder.config["projection_dim"]),
-            ("channels", unet.config["in_channels"], 2 * vae.config["latent_channels"])):
-        if of_unet != of_other:
-            raise ModelError(f"the UNet takes {of_unet} {what}, the other networks of --model make "
-                             f"{of_other}: are all of them from one model?")
+    takes = [unet.config["cross_attention_dim"], unet.config["in_channels"]]
+    found = [image_encoder.config["projection_dim"], 2 * vae.config["latent_channels"]]
+    if takes != found:
+        raise ModelError(f"the UNet takes image embeddings and channels {takes}, the other networks of "
+                         f"--model make {found}: are all of them from one model?")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -164,9 +165,8 @@ def find_folder(path, name, variant, revision):
             if (folder / "config.json").is_file():
                 return folder
         # Reading the files raises a ModelError of its own for pickles and for Stability's layout.
-        weights = [file for file in (local, *local.glob("*")) if file.suffix in (".safetensors", *PICKLES)]
-        for _ in read_safetensors(weights):
-            pass
+        dict(read_safetensors(file for file in (local, *local.glob("*"))
+                              if file.suffix in (".safetensors", *PICKLES)))
         hint = "expected the diffusers layout" + " (for UNet or LoRA weights: --student)" * local.is_file()
         raise ModelError(f"{path}: no {name}/config.json and no config.json in it; {hint}")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
@@ -195,15 +195,16 @@ def fetch(hub_id, name, variant, revision):
 def weight_files(folder, variant):
     """The .safetensors files of one network: a single file, or all shards. Raises ModelError."""
     name = r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-(\d+))?\.safetensors"
-    found = {}                                                          # (number of shards, variant) -> files
+    found = {}                                                          # variant -> number of shards -> files
     for file in sorted(folder.glob("*.safetensors")):
         if match := re.fullmatch(name, file.name):
-            found.setdefault((int(match[2] or 1), match[1]), []).append(file)
-    for count, files in sorted((count, files) for (count, kind), files in found.items() if kind == variant):
+            found.setdefault(match[1], {}).setdefault(int(match[2] or 1), []).append(file)
+    if variant in found:
+        count, files = min(found[variant].items())
         if len(files) < count:
             raise ModelError(f"{folder}: {len(files)} of {count} weight shards are there: fetch all")
         return files
-    kinds = sorted({f"variant {kind}" if kind else "no variant" for _, kind in found})
+    kinds = sorted(f"variant {kind}" if kind else "no variant" for kind in found)
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     raise ModelError(f"{folder}: no {'' if variant is None else variant + ' '}.safetensors weights"
                      + f"; there are weights with {' and with '.join(kinds)}: ask for these" * bool(kinds)
@@ -252,14 +253,26 @@ def misfit(content, types):
     return None
 
 
+def to_json(content, indent=None):
+    """Content as JSON. It has no infinity and no NaN, so these become strings: "Infinity", "-Infinity" and
+    "NaN"."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=indent) + "\n"
+
+
+def from_json(text):
+    """What to_json was given, except that a string "NaN" or "Infinity" becomes the number. Older files have
+    these words without quotation marks, which json.loads reads."""
+    return json.loads(re.sub(r'"(-?Infinity|NaN)"(?=\s*[],}])', r"\1", text))
+
+
 def read_json(file, **types):
     """The object in a JSON file, as a dictionary. types: the type of each key that must be there. Raises
     ModelError for a missing or broken file or another type, OSError for one that cannot be read."""
     require_file(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = from_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not a readable JSON file ({error})") from error
+        raise ModelError(f"{file}: not a readable JSON file ({error}): replace it") from error
     if wrong := misfit(content, types):
         raise ModelError(f"{file}: {wrong}")
     return content
@@ -272,7 +285,7 @@ def read_lines(file, **types):
     rows, lines = [], file.read_bytes().splitlines() if file.exists() else []
     for line in lines:
         with suppress(ValueError, RecursionError):
-            rows += [row for row in [json.loads(line)] if not misfit(row, types)]
+            rows += [row for row in [from_json(line.decode())] if not misfit(row, types)]
     if len(rows) < len(lines):
         print(f"warning: {file}: {len(lines) - len(rows)} damaged lines are left out", file=sys.stderr)
     return rows
@@ -286,38 +299,44 @@ def flush(path):
 
 
 @contextmanager
-def replacing(file):
-    """Yields a temporary path; at the end, flushes it to the disk and renames it to `file`, which may be a
-    folder. If writing stops half-way, an earlier `file` is unchanged. Missing parent folders are made. An
-    error is an OSError that names `file`."""
-    part = file.with_name(f".{file.name}.part")
+def writing(file):
+    """Inside a with statement, an error of the system becomes an OSError that names `file`."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        flush(part)
-        part.replace(file)
+        yield
     except (OSError, SafetensorError) as error:
         cause = error.__cause__ or error                # of a file inside of a folder
         raise OSError(f"{file}: cannot be written ({getattr(cause, 'strerror', None) or cause})") from cause
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+@contextmanager
+def replacing(file):
+    """Yields a temporary path; at the end, flushes it to the disk and renames it to `file`, which may be a
+    folder. If writing stops half-way, an earlier `file` is unchanged. Missing parent folders are made. An
+    error is an OSError that names `file`.
+
+    The temporary name is random, so two processes can write one file. A killed process leaves it behind as a
+    hidden file, which clear_parts finds."""
+    part = file.with_name(f".{file.name}.{os.urandom(4).hex()}.part")
+    with writing(file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            flush(part)
+            part.replace(file)
+        finally:
+            with suppress(OSError):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def check_writable(*paths):
     """Raises OSError if one of the files `paths` could not be written. For the start of a script, so that
     hours of work are not lost at its end. A path that is None is ignored."""
     for path in filter(None, paths):
-        if path.exists() and not path.is_file():
-            what = "folder" if path.is_dir() else "device or a pipe"
-            raise OSError(f"{path}: cannot be written (it is a {what})")
-        part = path.with_name(f".{path.name}.part")
-        try:
+        with writing(path):
+            if path.exists() and not path.is_file():
+                raise OSError("it is a folder" if path.is_dir() else "it is a device or a pipe")
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
-            part.unlink()
-        except OSError as error:
-            raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+            TemporaryFile(dir=path.parent).close()
 
 
 def refuse_overwriting(outputs, inputs):
@@ -335,7 +354,7 @@ def refuse_overwriting(outputs, inputs):
 def clear_parts(folder):
     """Deletes what killed processes left in a folder: temporary files of `replacing` and of safetensors."""
     for part in [*folder.glob(".*.part"), *folder.glob(".tmp" + 6 * "?")]:
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def write_safetensors(file, tensors, metadata=None):
@@ -356,7 +375,7 @@ def write_safetensors(file, tensors, metadata=None):
 def write_json(file, content):
     """Writes JSON, whole or not at all."""
     with replacing(file) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.write_text(to_json(content, indent=2))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -380,11 +399,9 @@ def restore(groups, optimizers, tensors):
     copies nothing, if a name is missing or unexpected, or a shape differs."""
     for prefix, optimizer in optimizers.items():
         # Zeros are how Adam starts by itself. Each moment has its parameter's memory format, for fused Adam.
-        parameters = enumerate(optimizer.param_groups[0]["params"])
-        zeros = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                     "exp_avg_sq": torch.zeros_like(p)}
-                 for i, p in parameters if f"{prefix}.{i}.step" in tensors}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": zeros})
+        new = {i: dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+               for i, p in enumerate(optimizer.param_groups[0]["params"]) if f"{prefix}.{i}.step" in tensors}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": new})
     targets = collect(groups, optimizers)
     own, found = ({key: tensor.shape for key, tensor in named.items()} for named in (targets, tensors))
     if wrong := [key for key in own | found if own.get(key) != found.get(key)]:
@@ -433,7 +450,7 @@ def load_checkpoint(folder, which, config, restore=lambda tensors: None, restart
                 return state["step"]
         except ModelError as error:
             if path == Path(which):
-                raise ModelError(f"{path}: not a complete checkpoint ({error})") from error
+                raise ModelError(f"{path}: not a complete checkpoint ({error}): name another") from error
             print(f"warning: {path} is incomplete and skipped ({error})", file=sys.stderr)
         else:
             raise ModelError(f"{path} belongs to a run with other settings: {differ}. "
@@ -468,8 +485,8 @@ def rewind(folder, step):
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         with replacing(metrics) as part:
-            part.write_text("".join(
-                json.dumps(row) + "\n" for row in read_lines(metrics, step=int) if row["step"] <= step))
+            rows = read_lines(metrics, step=int)
+            part.write_text("".join(to_json(row) for row in rows if row["step"] <= step))
 
 
 LOCKS = []                                          # open files: the system unlocks a file when it closes

@@ -118,7 +118,7 @@ def picture(frame, aspect, width, height):
     scale = max(width / (frame.width * aspect), height / frame.height)
     w, h = max(width, round(frame.width * aspect * scale)), max(height, round(frame.height * scale))
     if frame.is_corrupt or max(w * h, frame.width * frame.height) > MAX_PIXELS:
-        raise BadVideo("a damaged frame" if frame.is_corrupt else f"frames of {frame.width}x{frame.height}")
+        raise BadVideo("a damaged frame" if frame.is_corrupt else f"{frame.width}x{frame.height}: too large")
     if frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):      # needs tone mapping
         raise BadVideo(f"HDR video ({ColorTrc(frame.color_trc).name}): convert it to SDR")
     # A frame of 720 or more lines whose colour space is unspecified (2) is in BT.709, as players assume.

@@ -4,7 +4,7 @@
     start_world, end_world, leave       torch.distributed under torchrun, or a single process
     average, any_rank                   reductions over all ranks
     fail                                one line on stderr and exit status 2, for every bad input
-    LIMITS, number                      the lowest and highest value of each flag, and its argparse type
+    LIMITS, number                      the type of each flag: a number between two limits
     command_line, clip_flags            the argument parser of a script; the flags of clips
     training_flags, start_training      the flags of both stages; parses them and starts the processes
     normal, uniforms                    random numbers as functions of (seed, clip number), without any state
@@ -20,7 +20,7 @@
     Log, peak_memory                    one line per interval, metrics.jsonl, TensorBoard or wandb
 """
 import argparse
-import json
+import errno
 import math
 import os
 import re
@@ -59,10 +59,9 @@ def choose_device(name=None):
     found = [own for own in here if not name or name in (own, own.removesuffix(":0"), f"{own}:0")]
     if not found:
         raise ModelError(f"--device {name}: not available here; use {' or '.join(here)}")
-    device = torch.device(found[0])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    if found[0].startswith("cuda"):
+        torch.cuda.set_device(found[0])
+    return torch.device(found[0])
 
 
 def start_world(device=None):
@@ -113,7 +112,6 @@ def leave(status):
     sometimes aborts in destroy_process_group, and more often when that is not called, hence os._exit."""
     if dist.is_initialized():
         if dist.get_backend() == "gloo":
-            sys.stdout.flush()                                  # stderr is not buffered beyond a line
             os._exit(status)
         dist.destroy_process_group()
 
@@ -130,6 +128,9 @@ def report_error(memory_hint, kind, error, trace):
     """The sys.excepthook of our scripts. Bad input (ModelError), files that cannot be read or written
     (OSError), a lack of memory and Ctrl-C end the program with one line. Any other error is a fault in the
     code and keeps its traceback. memory_hint: what to try if memory runs out."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE) and not error.filename:
+        sys.stdout = None                               # else Python tries again, and fails, at the end
+        fail(f"standard output: cannot be written ({error.strerror})")      # files are named, see `writing`
     if isinstance(error, (ModelError, OSError)):
         fail(str(error))
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
@@ -158,8 +159,8 @@ def number(low, high):
 
 positive = number(1, 10 ** 9)                       # the type of a flag that counts something
 
-# The lowest and highest value of the flags of all scripts; whole numbers if both limits are.
-LIMITS = {flag: (low, high) for low, high, flags in (
+# The types of the numbers among the flags of all scripts: from a lowest to a highest value.
+LIMITS = {flag: number(low, high) for low, high, flags in (
     (1, 10 ** 9, "max_train_steps checkpointing_steps validation_steps log_steps checkpoints_total_limit"),
     (1, 10 ** 9, "num_clips shard_size log_every checkpoint_every overfit batch_size"),
     (0, 10 ** 9, "warmup_steps warmup"),
@@ -178,19 +179,17 @@ LIMITS = {flag: (low, high) for low, high, flags in (
 
 
 class Parser(argparse.ArgumentParser):
-    """Gives each flag in LIMITS the type of its limits. An error is one line."""
+    """Gives each flag in LIMITS its type. An error is one line."""
 
     def parse_known_args(self, args=None, namespace=None):
         for action in self._actions:
-            if action.type is None and action.dest in LIMITS:
-                action.type = number(*LIMITS[action.dest])
+            action.type = action.type or LIMITS.get(action.dest)
         found, unknown = super().parse_known_args(args, namespace)
         if empty := [name for name, value in vars(found).items() if value == ""]:
             fail(f"--{empty[0]} is empty: leave it out, or give a value")
         return found, unknown
 
-    def error(self, message):
-        fail(message)
+    error = staticmethod(fail)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -209,8 +208,10 @@ def command_line(description, memory_hint="try smaller sizes or batches", **sett
     end the script with one line, see report_error."""
     sys.excepthook = partial(report_error, memory_hint)
     sys.stderr = sys.stderr or open(os.devnull, "w")        # None if it is closed: progress bars write there
-    if sys.stdout:                                  # names of files may have bytes that are not UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout:
+        # Names of files may have bytes that are not UTF-8. A full disk is noticed at the line that meets it,
+        # and not at the end, where Python reports it in its own way. os._exit in `leave` loses no line.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     formatter = partial(HelpFormatter, max_help_position=30, width=110)
     return Parser(description=description, formatter_class=formatter, allow_abbrev=False, **settings)
 
@@ -410,11 +411,11 @@ def power_iteration(disc):
 def finite_step(optimizer, parameters, max_norm):
     """Averages the gradients over all ranks, clips them to `max_norm`, and steps -> (norm, stepped).
 
-    If a gradient is not finite, no rank changes its weights and stepped is False. All gradients are None
-    afterwards. One flat all-reduce replaces DistributedDataParallel: the trainable weights are few, and a
-    network that acts as student, teacher and EMA has no single forward pass for DDP's hooks.
+    Each parameter must have a gradient. If one is not finite, no rank changes its weights and stepped is
+    False. All gradients are None afterwards. One flat all-reduce replaces DistributedDataParallel: the
+    trainable weights are few, and a network that acts as student, teacher and EMA has no single forward pass
+    for DDP's hooks.
     """
-    parameters = list(parameters)
     flat = average(torch.cat([p.grad.flatten() for p in parameters]))
     norm = flat.norm()
     stepped = bool(norm.isfinite())                 # here the CPU waits for the GPU
@@ -455,7 +456,8 @@ def cuda_graph(function, parameters=()):
     """A function that does the GPU work of `function` as one CUDA graph.
 
     Calls 1 to 3 run normally, call 4 is recorded, later calls only replay the GPU work, one launch instead of
-    thousands: Python side effects stop after call 4. For small networks, launch overhead limits the speed.
+    thousands: Python side effects stop after call 4, and a Python number that `function` uses keeps the value
+    it had then. For small networks, launch overhead limits the speed.
 
     function takes tensors of fixed shapes, None, or named tuples of these, and returns tensors that its next
     call overwrites. parameters: a call sets their gradients if .grad is None before it, and adds to them
@@ -526,11 +528,11 @@ class Run:
             args.output_dir, args.resume_from_checkpoint, self.config,
             partial(checkpoint.restore, self.groups, optimizers), world.restarted)
         if self.step > args.max_train_steps:
-            fail(f"{args.output_dir} has {self.step} steps, --max_train_steps is {args.max_train_steps}")
+            fail(f"{args.output_dir} has {self.step} steps: give more --max_train_steps")
         # All ranks draw the initial weights from the same seed. The average of equal numbers is that number.
         size = torch.stack([p.detach().norm() for group in groups.values() for p in group.values()]).sum()
         if any_rank((average(size.clone()) - size).abs() > 1e-6 * size, world.device):
-            fail("the ranks drew different initial weights; their versions of torch or devices differ")
+            fail("the ranks drew different initial weights: use the same torch and devices on all nodes")
         self.log = Log(args, world, self.step)
         if world.rank == 0 and not args.dry_run:
             checkpoint.rewind(args.output_dir, self.step)               # last, when nothing can fail any more
@@ -648,12 +650,13 @@ class Log:
         left = (now - self.start) / (step - self.first) * (self.args.max_train_steps - step)
         with suppress(OSError):                     # a closed pipe or a full disk does not end the training
             print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()),
-                  f" left {timedelta(seconds=round(left))}", flush=True)
+                  f" left {timedelta(seconds=round(left))}")
         values["seconds_left"] = left
-        with open(self.args.output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.report:
-            self.report(values, step=step)
+        with checkpoint.writing(self.args.output_dir):
+            with open(self.args.output_dir / "metrics.jsonl", "a") as file:
+                file.write(checkpoint.to_json({"step": step, **values}))
+            if self.report:
+                self.report(values, step=step)
 
 
 def peak_memory(device):

@@ -108,6 +108,48 @@ def test_a_full_disk_is_one_line_with_the_files_name(tmp_path, write):
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["model.safetensors"]
 
 
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """As two processes that write the same report at the same time. The last one to finish counts."""
+    with replacing(tmp_path / "a.json") as first, replacing(tmp_path / "a.json") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "first"
+
+
+def test_files_have_the_usual_mode(tmp_path):
+    """That of the umask, as if `open` had made them, so that others in a group can read them."""
+    old = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {})
+        write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        checkpoint.save_checkpoint(tmp_path, 3, {"x": torch.zeros(2)}, {}, keep=1)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"a.json": 0o640, "a.safetensors": 0o640, "checkpoint-0000003": 0o750,
+                     "state.json": 0o640, "state.safetensors": 0o640}
+
+
+@pytest.mark.parametrize("numbers", [[1.5, float("inf"), -float("inf")], {"psnr": float("inf"), "n": 2}])
+def test_json_without_the_words_that_json_lacks(tmp_path, numbers):
+    """json.dumps writes Infinity and NaN, which strict parsers refuse. Reading gives the numbers back, also
+    those of older files."""
+    content = {"rows": [numbers], "text": 'has "NaN" and Infinity, NaN'}
+    write_json(tmp_path / "a.json", content)
+    (tmp_path / "a.jsonl").write_text(2 * checkpoint.to_json(content))
+    for line in [(tmp_path / "a.json").read_text(), *(tmp_path / "a.jsonl").read_text().splitlines()]:
+        assert json.loads(line, parse_constant=lambda word: pytest.fail(word))["text"] == content["text"]
+    assert read_json(tmp_path / "a.json") == content and read_lines(tmp_path / "a.jsonl") == 2 * [content]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert read_json(tmp_path / "old.json") == content
+
+
+def test_nan_is_read_back(tmp_path):
+    write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert '"NaN"' in (tmp_path / "a.json").read_text() and read_json(tmp_path / "a.json")["x"] != 0
+    assert isinstance(read_json(tmp_path / "a.json")["x"], float)
+
+
 def test_a_folder_is_written_whole_and_named_in_errors(tmp_path):
     with pytest.raises(OSError, match=r"^\S*/checkpoint-0000003: cannot be written \(Is a directory\)$"), \
             replacing(tmp_path / "checkpoint-0000003") as part:
@@ -174,9 +216,12 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
 
 
 def test_leftovers_of_killed_writers_are_cleared(tmp_path):
-    for name in (".a.json.part", ".tmpAb3xYz", "a.json", ".tmp", "b.part"):
+    with replacing(tmp_path / "a.json") as file, replacing(tmp_path / "checkpoint-0000005") as folder:
+        file.touch()
+        folder.mkdir()
+    for name in (file.name, ".tmpAb3xYz", "a.json", ".tmp", "b.part"):
         (tmp_path / name).write_text("x")
-    (tmp_path / ".checkpoint-5.part").mkdir()
+    (tmp_path / "checkpoint-0000005").rename(folder)    # both names are now as a killed writer leaves them
     clear_parts(tmp_path)
     clear_parts(tmp_path / "nowhere")
     assert sorted(os.listdir(tmp_path)) == [".tmp", "a.json", "b.part"]

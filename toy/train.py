@@ -124,7 +124,7 @@ signal.signal(signal.SIGTERM, stop_after_step)
 
 def log(**entry):
     if world.rank == 0:
-        with open(log_file, "a") as file:
+        with checkpoint.writing(log_file), open(log_file, "a") as file:
             file.write(json.dumps({**entry, "seconds": round(time.time() - start, 2)}) + "\n")
 
 
