@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from support.checkpoint import ModelError, replacing, require_file
 
@@ -76,9 +76,10 @@ def load_images(paths):
 def load_image(path):
     """The picture in a file (- for stdin) as a PIL image in sRGB, turned upright as its EXIF data says, with
     transparent parts on white. Raises ModelError if it cannot be read or is too large."""
+    source = path
+    if str(path) == "-":
+        path, source = "standard input", io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")
     require_file(Path(path))
-    # sys.stdin is None if the shell has closed it. The error is then that there is no file "-".
-    source = io.BytesIO(sys.stdin.buffer.read()) if sys.stdin and str(path) == "-" else path
     try:
         # PIL warns of damaged metadata, and of large pictures: MAX_PIXELS is the limit here.
         with warnings.catch_warnings(action="ignore"), Image.open(source, formats=IMAGE_FORMATS) as file:
@@ -87,7 +88,9 @@ def load_image(path):
             image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:                  # PIL's decoders raise errors of any kind for damaged files
-        raise ModelError(f"{path}: cannot be read as a picture ({error})") from error
+        # PIL's own message for a file of no known format names the object that it read from.
+        reason = f"not {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise ModelError(f"{path}: cannot be read as a picture ({reason})") from error
     profile = io.BytesIO(image.info.get("icc_profile", b""))
     if image.mode[0] in "IF":               # 16-bit or floating-point grey: convert("RGB") would clip it
         scale = 1 / 257 if image.mode != "F" else 255 if image.getextrema()[1] <= 1 else 1

@@ -257,7 +257,7 @@ def test_a_named_pipe_is_no_picture(tmp_path):
 def test_no_picture_on_stdin(monkeypatch, content):
     stdin = None if content is None else SimpleNamespace(buffer=io.BytesIO(content))
     monkeypatch.setattr(sys, "stdin", stdin)
-    with pytest.raises(ModelError, match="-: cannot be read as a picture"):
+    with pytest.raises(ModelError, match="^standard input: cannot be read as a picture .not PNG, JPEG"):
         load_image("-")
 
 
