@@ -20,18 +20,24 @@ import torch
 from support import engine
 from support.checkpoint import ModelError, collect, save_checkpoint
 
-NUM_CLIPS = 20                      # clips to read
+NUM_CLIPS = 20                      # clips to read, at least
 TIMED = 2                           # steps to time, after those that compile kernels and record graphs
 
 
 def reading_rate(latents):
-    """Reads NUM_CLIPS clips of the training data -> clips a second, and a sentence about it. Of videos, this
-    is decoding alone. Raises ModelError if no video is good."""
-    clips, numbers, start = getattr(latents, "clips", None), torch.arange(NUM_CLIPS), time.perf_counter()
-    for _ in clips.threads.imap(clips.clip, numbers.tolist()) if clips else [latents.take(numbers)]:
-        pass
-    rate, bad = NUM_CLIPS / (time.perf_counter() - start), list(clips.bad.values()) if clips else []
-    return rate, f"{NUM_CLIPS} clips read, {rate:.3g} a second in each process" + (
+    """Reads clips of the training data -> clips a second, and a sentence about it. Of videos, this is
+    decoding alone. Raises ModelError if no video is good."""
+    clips, n = getattr(latents, "clips", None), NUM_CLIPS
+    source = clips or latents
+    source.take(torch.arange(1))                # starts the decoders, which also decode the next clips
+    if clips:
+        for clip in clips.pending.values():
+            clip.wait()
+        n += -n % clips.num_ahead               # the same number of clips for each decoder
+    start = time.perf_counter()
+    source.take(1000 + torch.arange(n))         # none of those before, which the system may hold in memory
+    rate, bad = n / (time.perf_counter() - start), list(clips.bad.values()) if clips else []
+    return rate, f"{n} clips read, {rate:.3g} a second in each process" + (
         f"; bad videos: {len(bad)}, {bad[0]['path']}: {bad[0]['reason']}" if bad else "")
 
 
@@ -52,7 +58,7 @@ def device_name(world):
 
 def say(**lines):
     """Prints a line for each topic."""
-    print(*(f"{topic:7s} {line}" for topic, line in lines.items()), sep="\n", flush=True)
+    print(*(f"{topic:7s} {line}" for topic, line in lines.items()), sep="\n")
 
 
 class DryRun:

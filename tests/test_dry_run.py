@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_video import at_rate, run, write
 
+import data
 from support import dryrun, engine
 from support.checkpoint import ModelError
 
@@ -114,6 +115,21 @@ def test_a_run_that_is_nearly_done_is_measured_too(tmp_path, capsys):
     """The loop goes on to the step that is timed, and stays below the number that ends in publishing."""
     run = steps(dryrun.DryRun(fake_run(tmp_path, max_train_steps=1), Slow()), None)
     assert "1 steps in" in lines(capsys)["run"] and run.step == 3 < run.run.args.max_train_steps
+
+
+def test_only_the_reading_is_timed(monkeypatch):
+    """Not the clips that are still decoded ahead, the start of decoders, or files that were just read."""
+    clips, begun = data.Clips(["a.mp4"], 0, 1, 8, 8, workers=3), []
+
+    def clip(number):
+        time.sleep(0.2 if len(begun) < 10 else 0.002 if number in begun else 0.02)
+        begun.append(number)
+        return torch.zeros(1, 8, 8, 3, dtype=torch.uint8), {}
+
+    monkeypatch.setattr(clips, "clip", clip)
+    clips.take(torch.arange(10 ** 6, 10 ** 6 + 4))                      # as for a sample sheet
+    rate, said = dryrun.reading_rate(SimpleNamespace(clips=clips))
+    assert 75 < rate <= 150 and said.startswith("24 clips read, ")      # 3 decoders with 20 ms a clip: 150
 
 
 # ---- data.py encode -------------------------------------------------------------------------------------
