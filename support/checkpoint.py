@@ -73,7 +73,7 @@ def check_config(cls, config):
         values = value if isinstance(value, list) else [value]
         element = default[0] if isinstance(default, tuple) else default
         highest = 64 if "layers" in key else 65_536
-        same_form = (values is value) == (element is not default) or key in PER_LEVEL
+        same_form = isinstance(value, list) == isinstance(default, tuple) or key in PER_LEVEL
         if not (same_form and 0 < len(values) <= 8 and all(is_like(v, element, highest) for v in values)):
             raise ModelError(f"{key} is {value!r:.60}, not a setting like {default!r:.60}")
     full = defaults | config

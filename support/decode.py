@@ -74,9 +74,10 @@ def read_clip(path, start, num_frames, width, height, fps, early=0.0):
             return np.stack(frames), {"size": [codec.width, codec.height], "fps": rate,
                                       "seconds": round(seconds, 3), "start": round(max(0.0, offset), 3)}
     except (av.FFmpegError, BadVideo, StopIteration) as error:
+        if start > 0 and early == 0:
+            return read_clip(path, start, num_frames, width, height, fps, early=2.0)
         if start > 0:
-            start, early = (start, 2.0) if early == 0 else (0.0, 0.0)
-            return read_clip(path, start, num_frames, width, height, fps, early)
+            return read_clip(path, 0.0, num_frames, width, height, fps)
         raise BadVideo(getattr(error, "strerror", None) or error) from error
 
 

@@ -250,8 +250,7 @@ def training_flags(description, presets):
     flag("--data", default="toy", help="toy, a folder or list of videos, or shards of `data.py encode`")
     clip_flags(flag)
     flag("--num_clips", help="toy clips to train on")
-    flag("--overfit", metavar="N", help="train on the first N clips only, as a test of the setup; the "
-         "sheets show four of them")
+    flag("--overfit", metavar="N", help="train on the first N clips only, as a test; sheets show four")
     flag("--learning_rate", help="learning rate of the student")
     flag("--lr_d", help="learning rate of the discriminator")
     flag("--warmup_steps", help="steps of linear warm-up of both learning rates")

@@ -51,12 +51,12 @@ def find_images(paths):
                 raise ModelError(f"{path}: no pictures in this folder ({' '.join(IMAGE_SUFFIXES)})")
             print(f"{path}: {len(found)} pictures of {len([*Path(path).iterdir()])} files", file=sys.stderr)
         files += found
-    found = {}                                              # name in lower case -> (name, path)
+    named = {}                                              # name in lower case -> (name, path)
     for file in files:
         names = (file.stem + f"_{n}" * (n > 0) for n in range(len(files)))
-        name = next(name for name in names if name.casefold() not in found)
-        found[name.casefold()] = name, file
-    return list(found.values())
+        name = next(name for name in names if name.casefold() not in named)
+        named[name.casefold()] = name, file
+    return list(named.values())
 
 
 def load_images(paths):
