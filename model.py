@@ -14,8 +14,8 @@ This file is the specification: it is written to be read. support/kernels.py has
 layers with the same parameters, and `fast(net)` swaps them in. Attribute names are those of the published
 checkpoint, so loading is a strict load_state_dict without any renaming.
 
-Letters in shape comments: b clips, f frames, c d channels, h w latent size, s = h w pixels, H W frame size,
-a attention heads, n any batch.
+Letters in shape comments: b clips, f frames, c d channels, h w latent size, H W frame size, n any batch, a
+attention heads, s tokens (the h w pixels of a feature map; in the image encoder the patches and one more).
 
 Blattmann et al., "Stable Video Diffusion" (arXiv 2311.15127) describes the networks. The parameterisation
 of the UNet's output (EDM with v-prediction) is in solver.py.
@@ -40,14 +40,15 @@ NORM_GROUPS = 32                                                                
 
 
 def sinusoid(x, dim):
-    """Sinusoidal embedding of x [n] -> [n dim]: cosines, then sines, with periods from 2 pi to 2 pi 10^4."""
+    """Sinusoidal embedding of x [n] -> [n dim], dim even: dim/2 cosines, then the sines of the same angles.
+    Their periods grow geometrically from 2 pi to almost 2 pi 10^4 (Vaswani et al., arXiv 1706.03762)."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angles = x.float()[:, None] * frequencies                                   # n dim/2
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                      # n dim
 
 
 class MLP(nn.Module):
-    """Two linear layers that embed the noise level, the time ids or the frame number."""
+    """Two linear layers that embed the noise level, the time ids or the frame number: n c_in -> n c_out."""
 
     def __init__(self, c_in, c_hidden, c_out):
         super().__init__()
@@ -61,10 +62,12 @@ class MLP(nn.Module):
 class ResBlock(nn.Module):
     """Residual block on single frames, (b f) c h w: norm, SiLU and 3x3 convolution, twice.
 
-    In the UNet, the embedding `emb` [b d] of noise level and time ids shifts the channels between the two.
+    In the UNet, the embedding `emb` [b d] of noise level and time ids shifts the channels between the two
+    convolutions. The VAE has no such embedding (c_emb and emb are None).
     """
 
-    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+    # staticmethod: from Python 3.14 on, a partial alone would be bound like a method.
+    conv = staticmethod(partial(nn.Conv2d, kernel_size=3, padding=1))
 
     def __init__(self, c_in, c_out, c_emb=None, eps=1e-6):
         super().__init__()
@@ -79,16 +82,17 @@ class ResBlock(nn.Module):
     def forward(self, x, emb=None):                                             # (b f) c h w,  b d
         h = self.conv1(F.silu(self.norm1(x)))
         if emb is not None:
-            shift = self.time_emb_proj(F.silu(emb)).repeat_interleave(len(h) // len(emb), dim=0)    # (b f) c
-            h = h + shift.view(*shift.shape, *[1] * (h.ndim - 2))
+            # n is b f here, and each clip's shift serves its f frames. In TemporalResBlock n is b.
+            shift = self.time_emb_proj(F.silu(emb)).repeat_interleave(len(h) // len(emb), dim=0)        # n c
+            h = h + shift.view(*shift.shape, *[1] * (h.ndim - 2))               # n c 1 1, in 3-D n c 1 1 1
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
 class TemporalResBlock(ResBlock):
-    """ResBlock along time, b c f h w: convolutions over 3 frames; norms see all frames of a clip."""
+    """ResBlock along time, b c f h w: each convolution spans 3 frames, each norm all frames of a clip."""
 
-    conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+    conv = staticmethod(partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0)))
 
 
 class TimeMixer(nn.Module):
@@ -112,7 +116,8 @@ class TimeMixer(nn.Module):
 
 
 class SpatioTemporalResBlock(nn.Module):
-    """A ResBlock on frames, then a TemporalResBlock on its output; TimeMixer mixes both outputs."""
+    """A ResBlock on frames, then a TemporalResBlock on its output; TimeMixer mixes both outputs. The VAE has
+    another eps in the temporal block, and another mixer."""
 
     def __init__(self, c_in, c_out, c_emb=None, eps=1e-6, temporal_eps=None, mixer=TimeMixer):
         super().__init__()
@@ -123,14 +128,15 @@ class SpatioTemporalResBlock(nn.Module):
     def forward(self, x, num_frames, emb=None):                                 # (b f) c h w
         spatial = self.spatial_res_block(x, emb)
         temporal = rearrange(spatial, "(b f) c h w -> b c f h w", f=num_frames)
-        temporal = self.temporal_res_block(temporal, emb)
+        temporal = self.temporal_res_block(temporal, emb)                       # b c f h w
         return self.time_mixer(spatial, rearrange(temporal, "b c f h w -> (b f) c h w"))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among the pixels of each frame, x [b f s c]."""
+    """Multi-head self-attention among the pixels of each frame, x [b f s c]. Sub-classes have other patterns
+    or other inputs."""
 
-    split_heads = "b f s (a c) -> (b f) a s c"
+    split_heads = "b f s (a c) -> (b f) a s c"      # the last two axes are those of attention
     join_heads = "(b f) a s c -> b f s (a c)"
 
     def __init__(self, c, c_context=None, num_heads=1, bias=False):
@@ -143,9 +149,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (rearrange(layer(x), self.split_heads, a=self.num_heads)
-                   for layer in (self.to_q, self.to_k, self.to_v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(out, self.join_heads, b=len(x)))
+                   for layer in (self.to_q, self.to_k, self.to_v))              # (b f) a s c each
+        out = F.scaled_dot_product_attention(q, k, v)                           # (b f) a s c
+        return self.to_out[0](rearrange(out, self.join_heads, b=len(x)))        # b f s c
 
 
 class TemporalAttention(Attention):
@@ -187,8 +193,9 @@ class ContextAttention(Attention):
     """Cross-attention to the image embedding, which is a single token.
 
     The softmax over one key is 1 for every query. So attention returns exactly to_out(to_v(context)),
-    whatever the query is: one row per clip instead of one per pixel. to_q, to_k and the norm before them have
-    no influence and no gradient. They stay because the checkpoint holds them.
+    whatever the query is: one row per clip instead of one per pixel. to_q, to_k and the norm before them
+    (norm2 of the transformer blocks) have no influence and no gradient. They stay because the checkpoint
+    holds them.
     """
 
     def forward(self, context):                                                 # b 1 d
@@ -212,7 +219,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))      # net.1 was dropout
+        # The identity stands where SVD had dropout, so that the last layer keeps its key net.2.
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
 
     def forward(self, x):
         return self.net(x)
@@ -253,7 +261,8 @@ class TemporalTransformerBlock(SpatialTransformerBlock):
 
 
 class SpatioTemporalTransformer(nn.Module):
-    """Spatial and temporal transformer blocks in pairs, mixed by TimeMixer, in one residual connection."""
+    """Pairs of a spatial and a temporal transformer block. TimeMixer mixes the outputs of each pair, and one
+    residual connection spans all pairs. The temporal blocks also get an embedding of the frame's number."""
 
     def __init__(self, c, num_heads, num_layers, c_context):
         super().__init__()
@@ -271,7 +280,7 @@ class SpatioTemporalTransformer(nn.Module):
         residual, height = x, x.shape[2]
         position = sinusoid(torch.arange(num_frames, device=x.device), x.shape[1]).to(x.dtype)  # f c
         position = self.time_pos_embed(position)[:, None]                       # f 1 c
-        x = self.proj_in(rearrange(self.norm(x), "(b f) c h w -> b f (h w) c", f=num_frames))   # b f s c
+        x = self.proj_in(rearrange(self.norm(x), "(b f) c h w -> b f (h w) c", f=num_frames))       # b f s c
         for spatial_block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks):
             x = spatial_block(x, context)
             x = self.time_mixer(x, temporal_block(x + position, context))
@@ -297,19 +306,20 @@ class UNetBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(c, padding=1)] if down else [])
         self.upsamplers = nn.ModuleList([Upsample(c)] if up else [])
 
-    def layer(self, i, x, num_frames, emb, context):
+    def layer(self, i, x, num_frames, emb, context):                    # (b f) c h w,  number,  b d,  b 1 d
         x = self.resnets[i](x, num_frames, emb)
         return self.attentions[i](x, num_frames, context) if i < len(self.attentions) else x
 
-    def run_layer(self, i, x, *rest):
+    def run_layer(self, i, x, *rest):                                   # rest: num_frames, emb, context
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self.layer(i, x, *rest)
         # Reentrant checkpointing has less overhead than non-reentrant, and a CUDA graph can record it. It
         # passes gradients on only if one of its inputs requires them.
-        inputs = i, x if x.requires_grad else x.detach().requires_grad_(), *rest
-        return checkpoint(self.layer, *inputs, use_reentrant=True, preserve_rng_state=False)
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return checkpoint(self.layer, i, x, *rest, use_reentrant=True, preserve_rng_state=False)
 
-    def down(self, x, skips, *rest):                                    # rest: num_frames, emb, context
+    def down(self, x, skips, *rest):
         for i in range(len(self.resnets)):
             x = self.run_layer(i, x, *rest)
             skips.append(x)
@@ -324,6 +334,11 @@ class UNetBlock(nn.Module):
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
+
+
+# {kind of block in config.json: whether its layers have transformers}
+BLOCK_HAS_ATTENTION = {"CrossAttnDownBlockSpatioTemporal": True, "DownBlockSpatioTemporal": False,
+                       "CrossAttnUpBlockSpatioTemporal": True, "UpBlockSpatioTemporal": False}
 
 
 class UNet(nn.Module):
@@ -342,31 +357,30 @@ class UNet(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         channels, depth = list(block_out_channels), len(block_out_channels)
-        layers, transformer_layers, heads, c_context = per_level = [
-            [v] * depth if isinstance(v, int) else list(v) for v in (
-                layers_per_block, transformer_layers_per_block, num_attention_heads, cross_attention_dim)]
+        per_level = [[v] * depth if isinstance(v, int) else list(v) for v in (
+            layers_per_block, transformer_layers_per_block, num_attention_heads, cross_attention_dim)]
+        layers, transformer_layers, heads, c_context = per_level
         if any(len(setting) != depth for setting in (*per_level, down_block_types, up_block_types)):
             raise ModelError(f"block_out_channels has {depth} levels, another setting has more or fewer")
         if any(c % a for c, a in zip(channels, heads)):
             raise ModelError(f"num_attention_heads {heads} do not divide block_out_channels {channels}")
-        has_attention = {f"{cross}{way}BlockSpatioTemporal": bool(cross)
-                         for cross in ("CrossAttn", "") for way in ("Down", "Up")}
         c_first, c_emb = channels[0], 4 * channels[0]
-        transformers = list(zip(heads, transformer_layers, c_context))
+        transformers = list(zip(heads, transformer_layers, c_context))  # see UNetBlock; one per level
 
         self.conv_in = nn.Conv2d(in_channels, c_first, 3, padding=1)
         self.time_embedding = MLP(c_first, c_emb, c_emb)
         self.add_embedding = MLP(projection_class_embeddings_input_dim, c_emb, c_emb)
 
-        # The way down keeps the outputs of conv_in, of every layer and of every downsampler. The way up has
-        # one layer per kept output, in reverse order: each resolution has one layer more there.
+        # The way down keeps the outputs of conv_in, of every layer and of every downsampler: c_skips has
+        # their channels. The way up has one layer per kept output, in reverse order: each resolution has one
+        # layer more there. c: channels of the last output so far. The values of eps are those of diffusers.
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         c, c_skips = c_first, [c_first]
         for i, kind in enumerate(down_block_types):
-            self.down_blocks.append(UNetBlock(
-                [c] + [channels[i]] * (layers[i] - 1), channels[i], c_emb,
-                [transformers[i]] * layers[i] if has_attention[kind] else [], down=i < depth - 1,
-                eps=1e-6 if has_attention[kind] else 1e-5))
+            channels_in = [c] + [channels[i]] * (layers[i] - 1)
+            attentions = [transformers[i]] * layers[i] if BLOCK_HAS_ATTENTION[kind] else []
+            self.down_blocks.append(UNetBlock(channels_in, channels[i], c_emb, attentions, down=i < depth - 1,
+                                              eps=1e-6 if attentions else 1e-5))
             c = channels[i]
             c_skips += [c] * (layers[i] + (i < depth - 1))
         self.mid_block = UNetBlock([c, c], c, c_emb, transformers[-1:], eps=1e-5)
@@ -375,14 +389,14 @@ class UNet(nn.Module):
             for _ in range(layers[i] + 1):
                 channels_in.append(c + c_skips.pop())
                 c = channels[i]
-            self.up_blocks.append(UNetBlock(
-                channels_in, c, c_emb, [transformers[i]] * len(channels_in) if has_attention[kind] else [],
-                up=i > 0))
+            attentions = [transformers[i]] * len(channels_in) if BLOCK_HAS_ATTENTION[kind] else []
+            self.up_blocks.append(UNetBlock(channels_in, c, c_emb, attentions, up=i > 0))
 
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-5)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
 
     def set_checkpointing(self, on=True):
+        """Switches gradient checkpointing on or off, see UNetBlock."""
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             block.checkpointing = on
 
@@ -397,7 +411,7 @@ class UNet(nn.Module):
         """
         dtype_in, num_frames = x.dtype, x.shape[1]
         skips, emb, context = self.encode(x, c_noise, image_embeds, time_ids)
-        x = self.mid_block.down(skips[-1], [], num_frames, emb, context)        # without skip connections
+        x = self.mid_block.down(skips[-1], [], num_frames, emb, context)        # its skips are not used
         for block in self.up_blocks:
             x = block.up(x, skips, num_frames, emb, context)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 4 h w
@@ -408,14 +422,13 @@ class UNet(nn.Module):
         emb [b d] of noise level and time ids, and the context [b 1 d]."""
         num_clips, num_frames, _, height, width = x.shape
         stride = 2 ** (len(self.down_blocks) - 1)
-        assert height % stride == 0 and width % stride == 0, \
-            f"latent size {height}x{width}: not a multiple of {stride}"
+        assert height % stride == width % stride == 0, f"latents {height}x{width}: not a multiple of {stride}"
         assert image_embeds.shape[:2] == (num_clips, 1), f"image_embeds {[*image_embeds.shape]}: not [b 1 d]"
         dtype = self.conv_in.weight.dtype
         x, context = rearrange(x, "b f c h w -> (b f) c h w").to(dtype), image_embeds.to(dtype)
 
         noise_level = sinusoid(c_noise, self.time_embedding.linear_1.in_features).to(dtype)          # b c
-        ids = sinusoid(rearrange(time_ids, "b n -> (b n)"), self.config["addition_time_embed_dim"])
+        ids = sinusoid(rearrange(time_ids, "b n -> (b n)"), self.config["addition_time_embed_dim"])  # (b n) c
         ids = rearrange(ids.to(dtype), "(b n) c -> b (n c)", b=num_clips)
         emb = self.time_embedding(noise_level) + self.add_embedding(ids)        # b d
 
@@ -438,14 +451,15 @@ class ImageAttention(Attention):
         self.group_norm = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
 
     def forward(self, x):                                                       # n c h w
-        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c"))
+        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c"))                # n 1 s c
         return x + rearrange(h, "n 1 (h w) c -> n c h w", h=x.shape[2])
 
 
 class VAEBlock(nn.Module):
     """One resolution of the encoder or decoder: residual blocks, then a resize except at the last resolution.
 
-    The decoder's blocks also take num_frames.
+    down, up: a list with the layer that resizes, or none. Only the decoder's residual blocks take num_frames,
+    so forward is given this number or nothing.
     """
 
     def __init__(self, resnets, down=(), up=()):
@@ -462,8 +476,11 @@ class VAEBlock(nn.Module):
 
 
 class VAEMiddle(nn.Module):
-    """The lowest resolution: attention between two residual blocks. (With more residual blocks than two, the
-    others are not run. With a single one, the attention is not run. diffusers does the same.)"""
+    """The lowest resolution: attention between two residual blocks.
+
+    The decoder has layers_per_block residual blocks here: two in SVD, one in the toy world. As in diffusers,
+    a third block would not be used, and with a single one the attention is not used.
+    """
 
     def __init__(self, resnets, attention):
         super().__init__()
@@ -477,13 +494,16 @@ class VAEMiddle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encodes each frame alone: n 3 H W -> n 2*latent h w."""
+    """Encodes each frame alone: n 3 H W -> n 2*latent h w, the latent's mean and log-variance.
+
+    channels: of each resolution, from the highest to the lowest.
+    """
 
     def __init__(self, c_in, c_latent, channels, num_layers):
         super().__init__()
         self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):
+        for i, (c, c_out) in enumerate(zip([channels[0], *channels], channels), 1):     # channels in and out
             resnets = [ResBlock(c_out if j else c, c_out) for j in range(num_layers)]
             down = [Downsample(c_out, padding=0)] if i < len(channels) else []
             self.down_blocks.append(VAEBlock(resnets, down=down))
@@ -492,10 +512,10 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, c, 1e-6)
         self.conv_out = nn.Conv2d(c, 2 * c_latent, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
+    def forward(self, x):                                                       # n 3 H W
+        x = self.conv_in(x)                                                     # n c H W
         for block in (*self.down_blocks, self.mid_block):
-            x = block(x)
+            x = block(x)                                                        # at the end n c h w
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -518,17 +538,18 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], c_image, 3, padding=1)
         self.time_conv_out = nn.Conv3d(c_image, c_image, (3, 1, 1), padding=(1, 0, 0))
 
-    def forward(self, x, num_frames):
-        x = self.conv_in(x)
+    def forward(self, x, num_frames):                                           # (b f) latent h w
+        x = self.conv_in(x)                                                     # (b f) c h w
         for block in (self.mid_block, *self.up_blocks):
-            x = block(x, num_frames)
+            x = block(x, num_frames)                                            # at the end (b f) c H W
         x = self.conv_out(F.silu(self.conv_norm_out(x)))                        # (b f) 3 H W
-        x = self.time_conv_out(rearrange(x, "(b f) c h w -> b c f h w", f=num_frames))
+        x = self.time_conv_out(rearrange(x, "(b f) c h w -> b c f h w", f=num_frames))      # b 3 f H W
         return rearrange(x, "b c f h w -> (b f) c h w")
 
 
 class VAE(nn.Module):
     """SVD's autoencoder. Keyword arguments are the keys of vae/config.json; the defaults are those of SVD.
+    The last two and the names of the blocks are only kept for the file.
 
     Latents here are unscaled. Diffusion works on latents * config["scaling_factor"], which have unit
     variance. The condition latent enters the UNet unscaled.
@@ -557,8 +578,9 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, frames):
-        """frames [n 3 H W] in [-1, 1] -> latents [n 4 h w], unscaled: the posterior's mode. Five frames of
-        1024x576 are encoded at a time, so that memory does not grow with their number."""
+        """frames [n 3 H W] in [-1, 1] -> latents [n 4 h w], unscaled: the mode of the posterior, which is its
+        mean. Only some frames are encoded at a time, so that memory does not grow with their number."""
+        # Five frames of 1024x576 at a time:
         return torch.cat([self.moments(part)[0] for part in frames.split(1 + 8_000_000 // frames[0].numel())])
 
     def decode(self, latents, num_frames):
@@ -589,8 +611,8 @@ class CLIPLayer(nn.Module):
     def forward(self, x):                                                       # b s c
         h = self.layer_norm1(x)
         q, k, v = (rearrange(self.self_attn[f"{name}_proj"](h), "b s (a c) -> b a s c", a=self.num_heads)
-                   for name in "qkv")
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b a s c -> b s (a c)")
+                   for name in "qkv")                                           # b a s c each
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b a s c -> b s (a c)")              # b s c
         x = x + self.self_attn.out_proj(h)
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
@@ -599,7 +621,8 @@ class ImageEncoder(nn.Module):
     """CLIP's vision transformer with its projection. The same network as transformers'
     CLIPVisionModelWithProjection, with the same parameter names, but without an import that takes seconds.
 
-    config: the keys of image_encoder/config.json; keys that only training needs are stored but not used.
+    config: the keys of image_encoder/config.json; keys that only training needs are stored but not used. The
+    checkpoint's names include a typing error, pre_layrnorm.
     """
 
     class_name, file_stem = None, "model"                                       # in transformers
@@ -611,20 +634,19 @@ class ImageEncoder(nn.Module):
         layer = partial(CLIPLayer, c, config["num_attention_heads"], config["intermediate_size"],
                         ACTIVATIONS[config.get("hidden_act", "quick_gelu")], norm)
         positions = torch.zeros(1 + (config["image_size"] // patch) ** 2, c)    # 1 + patches, c
-        embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Conv2d(3, c, patch, patch, bias=False),
-            "position_embedding": nn.ParameterDict({"weight": positions})})
+        embeddings = nn.ModuleDict({"patch_embedding": nn.Conv2d(3, c, patch, patch, bias=False),
+                                    "position_embedding": nn.ParameterDict({"weight": positions})})
         embeddings.class_embedding = nn.Parameter(torch.zeros(c))
         layers = nn.Sequential(*(layer() for _ in range(config["num_hidden_layers"])))
-        self.vision_model = nn.ModuleDict({
-            "embeddings": embeddings, "pre_layrnorm": norm(c), "encoder": nn.ModuleDict({"layers": layers}),
-            "post_layernorm": norm(c)})
+        encoder = nn.ModuleDict({"layers": layers})
+        self.vision_model = nn.ModuleDict({"embeddings": embeddings, "pre_layrnorm": norm(c),
+                                           "encoder": encoder, "post_layernorm": norm(c)})
         self.visual_projection = nn.Linear(c, config["projection_dim"], bias=False)
 
     def forward(self, pixels):
         """pixels [b 3 S S], S = image_size, normalised with CLIP_MEAN and CLIP_STD -> [b d]."""
         net, embeddings = self.vision_model, self.vision_model.embeddings
-        patches = rearrange(embeddings.patch_embedding(pixels), "b c h w -> b (h w) c")
+        patches = rearrange(embeddings.patch_embedding(pixels), "b c h w -> b (h w) c")             # b s-1 c
         x = torch.cat((embeddings.class_embedding.expand(len(pixels), 1, -1), patches), dim=1)      # b s c
         x = net.encoder.layers(net.pre_layrnorm(x + embeddings.position_embedding.weight))
         return self.visual_projection(net.post_layernorm(x[:, 0]))              # b d
@@ -638,8 +660,9 @@ def clip_pixels(images):
     """
     for _ in range(2):                                                          # along rows, then columns
         std = max((images.shape[3] / CLIP_SIZE - 1) / 2, 0.001)
-        taps = int(max(4 * std, 3)) // 2 * 2 + 1
+        taps = int(max(4 * std, 3)) // 2 * 2 + 1                                # odd: 2 std to each side
         offset = torch.arange(taps, device=images.device, dtype=images.dtype) - taps // 2
+        # The softmax of -x^2 / (2 std^2) is a Gaussian whose sum is 1.
         kernel = torch.softmax(-offset.square() / (2 * std * std), dim=0).repeat(3, 1, 1, 1)    # 3 1 1 taps
         padded = F.pad(images, (taps // 2, taps // 2, 0, 0), mode="reflect")
         images = F.conv2d(padded, kernel, groups=3).transpose(2, 3)             # n 3 W H, then n 3 H W
