@@ -7,7 +7,7 @@
     load_lora       reads such a file, one of diffusers or one of PEFT
     load_student    reads a distilled UNet, or reads a LoRA and merges it
 
-A layer with weight W, bias b and an update of rank r computes W x + b + alpha / r * B A x. A has r rows, B
+A layer with weight W, bias b and an update of rank r computes W x + b + (alpha / r) B A x. A has r rows, B
 has r columns and starts at zero. For a convolution, A has its kernel size and B is a 1x1 convolution.
 """
 import json
@@ -32,7 +32,7 @@ LORA_TARGETS = r"attn1\.to_[qkv]|attn2\.to_v|attn[12]\.to_out\.0|ff(_in)?\.net\.
 LORA_CONVS = LORA_TARGETS + r"|proj_(in|out)|conv(1|2|_shortcut)|time_emb_proj|(down|up)samplers\.0\.conv"
 LORA_FILE = "pytorch_lora_weights.safetensors"                                  # diffusers' file name
 PEFT_FILE = "adapter_model.safetensors"                                         # PEFT's, beside a config
-LARGEST = 65_536                                    # rank or alpha in a file
+LARGEST = 65_536                                    # rank or alpha that is accepted from a file
 
 # ---------------------------------------------------------------------------------------------------------
 # Layers
@@ -40,9 +40,14 @@ LARGEST = 65_536                                    # rank or alpha in a file
 
 class LoRA:
     """Base class of LoRALinear and the LoRA convolutions. Its parameters are those of the layer that it
-    replaces, not copies, and A and B. These two are created in fp32, whatever the dtype of the layer."""
+    replaces, not copies, and A and B. These two are created in fp32, whatever the dtype of the layer.
+
+    plain: [the layer without update], for merge_lora. active: whether the update is added.
+    """
 
     def __init__(self, layer, rank, alpha):
+        # Takes over all attributes of the layer: its sizes, and its dictionary of parameters, which both
+        # share from now on. Not the dictionary of sub-modules, because A and B belong to this object only.
         nn.Module.__init__(self)                    # nn.Linear.__init__ would allocate a second weight
         self.__dict__ |= {key: value for key, value in vars(layer).items() if key != "_modules"}
         self.plain = [layer]                        # in a list: not registered as a sub-module
@@ -52,16 +57,16 @@ class LoRA:
         nn.init.zeros_(self.lora_B.weight)          # so the network starts unchanged
 
     def update(self):
-        """The update alpha / rank * B A, in the shape of the weight."""
-        product = self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
+        """The update (alpha / rank) B A, in the shape of the weight."""
+        product = self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)     # c_out (c_in kernel)
         return product.view_as(self.weight) * (self.alpha / self.rank)
 
 
 class LoRALinear(LoRA, nn.Linear):
     """A linear layer with an update."""
 
-    def make_pair(self, rank, how):
-        return nn.Linear(self.in_features, rank, **how), nn.Linear(rank, self.out_features, **how)
+    def make_pair(self, rank, options):
+        return nn.Linear(self.in_features, rank, **options), nn.Linear(rank, self.out_features, **options)
 
     def forward(self, x):
         out = super().forward(x)
@@ -69,22 +74,23 @@ class LoRALinear(LoRA, nn.Linear):
             return out
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
         low = F.linear(x, A).flatten(0, -2)                                     # n rank
+        # addmm: out + (alpha / rank) low B^T in one kernel
         return torch.addmm(out.flatten(0, -2), low, B.T, alpha=self.alpha / self.rank).view_as(out)
 
 
 class LoRAConv(LoRA):
     """Base class of the two convolutions with an update."""
 
-    def make_pair(self, rank, how):
+    def make_pair(self, rank, options):
         kind, window = type(self.plain[0]), (self.kernel_size, self.stride, self.padding)
-        return kind(self.in_channels, rank, *window, **how), kind(rank, self.out_channels, 1, **how)
+        return kind(self.in_channels, rank, *window, **options), kind(rank, self.out_channels, 1, **options)
 
     def forward(self, x):
         out = super().forward(x)
         if not self.active:
             return out
         A, B = (layer.weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
-        low = self.lora_A._conv_forward(x, A, None)                             # b rank ..
+        low = self.lora_A._conv_forward(x, A, None)                             # n rank ..
         return torch.add(out, self.lora_B._conv_forward(low, B, None), alpha=self.alpha / self.rank)
 
 
@@ -121,8 +127,8 @@ def add_lora(unet, rank, alpha=None, targets=LORA_TARGETS):
 
 def lora_class(layer):
     """The class that adds an update to this layer, or None if no class fits or it has an update already."""
-    matches = (LORA_LAYERS[kind] for kind in LORA_LAYERS if isinstance(layer, kind))
-    return None if isinstance(layer, LoRA) else next(matches, None)
+    kinds = [kind for kind in LORA_LAYERS if isinstance(layer, kind)]   # fast layers are sub-classes
+    return LORA_LAYERS[kinds[0]] if kinds and not isinstance(layer, LoRA) else None
 
 
 def with_lora(layer, rank, alpha):
@@ -160,7 +166,8 @@ def merge_lora(unet, scale=1):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files. Keys are unet.<path>.lora_A.weight and unet.<path>.lora_B.weight; rank and alpha are metadata.
+# Files. Keys are unet.<path>.lora_A.weight and unet.<path>.lora_B.weight. Rank and alpha are in the file's
+# metadata; a file without alpha means alpha = rank.
 
 
 def save_lora(unet, folder):
@@ -190,24 +197,23 @@ def read_lora(file):
     has none. Raises ModelError for scales that alpha / rank does not describe."""
     metadata, where = {}, f"{file}: its lora_adapter_metadata"
     tensors = {re.sub(r"^(unet|base_model\.model)\.", "", key): tensor
-               for key, tensor in read_safetensors([file], metadata)}
+               for key, tensor in read_safetensors([file], metadata)}   # which also fills metadata
     if not tensors:
-        raise ModelError(f"{file}: no LoRA weights in it")
+        raise ModelError(f"{file}: no LoRA weights in it: give another file")
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
     except (AttributeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{where} cannot be read ({error})") from error
+        raise ModelError(f"{where} cannot be read ({error}): export the LoRA again") from error
     if file.name == PEFT_FILE:                          # PEFT has its settings in a file beside the weights
         where = file.with_name("adapter_config.json")
         settings = read_json(where)
-    for name in ("r", "lora_alpha"):
-        value = settings.get(name)
-        if value is not None and not (type(value) in (int, float) and abs(value) <= LARGEST):
-            raise ModelError(f"{where}: {name} is {value!r:.40}, not a number up to {LARGEST}")
+    alpha = settings.get("lora_alpha")
+    if alpha is not None and not (type(alpha) in (int, float) and abs(alpha) <= LARGEST):
+        raise ModelError(f"{where}: lora_alpha is {alpha!r:.40}, not a number up to {LARGEST}: correct it")
     if used := [setting for setting in ("use_rslora", "use_dora", "alpha_pattern") if settings.get(setting)]:
-        raise ModelError(f"{where}: made with {used[0]}, which is not supported")
-    return tensors, settings.get("lora_alpha")
+        raise ModelError(f"{where}: made with {used[0]}, which is not supported: give a merged UNet instead")
+    return tensors, alpha
 
 
 def load_lora(unet, path, whole=True):
@@ -219,28 +225,30 @@ def load_lora(unet, path, whole=True):
     """
     file = lora_file(path)
     tensors, alpha = read_lora(file)
-    layers = {path: layer for path, layer in unet.named_modules() if lora_class(layer)}
-    weights, loaded = dict(unet.named_parameters()), {}
+    layers = {name: layer for name, layer in unet.named_modules() if lora_class(layer)}
+    weights, loaded, hint = dict(unet.named_parameters()), {}, "does it belong to another --model?"
+    # First all tensors are checked: whole weights, then pairs of A and B, which become new layers.
     replaced = {key: tensors.pop(key) for key in weights
                 if whole and key in tensors and tensors[key].shape == weights[key].shape}
-    for path in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
-        pair = [tensors.pop(f"{path}.lora_{m}.weight", None) for m in "AB"]
-        if path not in layers or None in pair:
-            raise ModelError(f"{file}: {path}.lora_* does not fit a layer of this network")
-        out, *in_shape = layers[path].weight.shape              # in_shape: channels in, then height and width
+    for name in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
+        pair = [tensors.pop(f"{name}.lora_{m}.weight", None) for m in "AB"]
+        if name not in layers or None in pair:
+            raise ModelError(f"{file}: {name}.lora_* does not fit a layer of this network: {hint}")
+        c_out, *in_shape = layers[name].weight.shape            # in_shape: c_in, then the kernel's size
         found, rank = [tuple(tensor.shape) for tensor in pair], pair[0].numel() // math.prod(in_shape)
-        shapes = [(rank, *in_shape), (out, rank, *[1] * (len(in_shape) - 1))]
+        shapes = [(rank, *in_shape), (c_out, rank, *[1] * (len(in_shape) - 1))]
         if found != shapes or not 0 < rank <= LARGEST:
-            raise ModelError(f"{file}: {path}.lora_A and lora_B have shapes {found}, not {shapes}")
-        loaded[path] = with_lora(layers[path], rank, rank if alpha is None else alpha)
-        loaded[path].lora_A.weight.data.copy_(pair[0])
-        loaded[path].lora_B.weight.data.copy_(pair[1])
+            raise ModelError(f"{file}: {name}.lora_A and lora_B have shapes {found}, not {shapes}: {hint}")
+        loaded[name] = with_lora(layers[name], rank, rank if alpha is None else alpha)
+        loaded[name].lora_A.weight.data.copy_(pair[0])
+        loaded[name].lora_B.weight.data.copy_(pair[1])
     if tensors:
-        raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names")
+        raise ModelError(f"{file}: key {next(iter(tensors))} is not a LoRA weight with PEFT's names: {hint}")
+    # The network changes only now, when nothing can fail any more.
     for key, tensor in replaced.items():
         weights[key].data.copy_(tensor)
-    for path, layer in loaded.items():
-        unet.set_submodule(path, layer)
+    for name, layer in loaded.items():
+        unet.set_submodule(name, layer)
     return unet
 
 
@@ -253,7 +261,7 @@ def load_student(path, unet, variant=None):
     inputs than its teacher.
     """
     file, dtype, device = lora_file(path), unet.conv_in.weight.dtype, unet.conv_in.weight.device
-    if not file.is_file():
+    if not file.is_file():                                              # a folder of a UNet, or a hub id
         found = any(checkpoint.find_folder(path, "unet", variant, None).glob(f"*.{variant}*.safetensors"))
         student = load_unet(path, variant=variant if found else None, dtype=dtype, device=device)
         for key in ("in_channels", "cross_attention_dim", "addition_time_embed_dim"):
@@ -263,4 +271,5 @@ def load_student(path, unet, variant=None):
         return student
     if any(".lora" in key for key, _ in read_safetensors([file])):
         return merge_lora(load_lora(unet, file))
+    # A single file with all weights of a UNet, whose configuration is that of the teacher.
     return load_weights(unet, [file], file, dtype, device)
