@@ -16,7 +16,7 @@ OSV, arXiv 2409.11367, section 4.1, Figs. 3 and 4. A spatial head cannot see mot
 see how places fit together. In SF-V, spatial heads alone made videos that repeat the first frame.
 
 Letters in shape comments: b clips, f frames, c d channels, h w size of latents and feature maps, H W size of
-frames, p patches, k logits, n any batch.
+frames, p patches, k logits, n any batch, y x the two axes of a convolution.
 """
 import math
 from functools import partial
@@ -118,8 +118,10 @@ class DinoFeatures(nn.Module):
     backbone        transformers' Dinov2Model
     kind            "latent", "subpixel" or "pixel": see the top of this file
     vae             for "pixel" only: the frozen VAE that decodes latents to frames
+    in_channels     of the latents
     resolution      pixels: the backbone's input has about the area of a square of this side, and the video's
-                    aspect ratio; each side is a multiple of the patch size
+                    aspect ratio; each side is a multiple of the patch size (default: 224, or the size that
+                    the backbone was made for if that is smaller)
     """
 
     SUBPIXEL = 4                                    # upscaling of the sub-pixel convolution (v2, App. D)
@@ -133,6 +135,7 @@ class DinoFeatures(nn.Module):
         config = backbone.config
         self.patch, self.resolution = config.patch_size, resolution or min(config.image_size, 224)
         # The patch embedding and, as in ADD, blocks 2, 5, 8, 11 (from 0) of 12; other depths: same fractions.
+        # These are positions in hidden_states: 0 is the patch embedding, i + 1 the output of block i.
         self.levels = [0] + [round(config.num_hidden_layers * (i + 1) / 4) for i in range(4)]
         self.channels = [config.hidden_size] * len(self.levels)
         if kind == "latent":
@@ -142,7 +145,7 @@ class DinoFeatures(nn.Module):
                                         nn.PixelShuffle(self.SUBPIXEL))
 
     def size_for(self, height, width):
-        """Size of the latents or frames -> size (H, W) of the backbone's input in pixels."""
+        """Height and width of latents or frames -> size (H, W) of the backbone's input in pixels."""
         scale = self.resolution / math.sqrt(height * width) / self.patch
         return tuple(max(1, round(side * scale)) * self.patch for side in (height, width))
 
@@ -208,8 +211,10 @@ class UNetFeatures(nn.Module):
         if numbers is None:
             numbers = torch.randint(2 ** 31, (len(latents),), device=latents.device)
         size = latents[0].numel() + 1                                                           # f c h w + 1
+        # Stream 13 of the random numbers is used here only. Box-Muller makes normal numbers of uniform ones:
+        # a clip's first one gives its sigma [b 1 1 1 1], the others its noise.
         u, v = uniforms(0, numbers, 13, 2 * size).split(size, dim=1)                            # b size each
-        normal = (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()                          # Box-Muller
+        normal = (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()                          # b size
         sigma = (self.LOG_SIGMA_MEAN + self.LOG_SIGMA_STD * normal[:, :1]).exp().view(-1, 1, 1, 1, 1)
         scalings = precondition(sigma)                                                          # EDM Table 1
         noise = normal[:, 1:].view_as(latents)                                                  # b f c h w
@@ -243,8 +248,11 @@ class Discriminator(nn.Module):
     The heads and the map to 3 channels are trainable. The networks of the features are frozen: they stay in
     eval mode and get no gradients of their own, but gradients pass through them to the latents.
 
-    features: DinoFeatures, UNetFeatures, or a module with `.channels` that maps (latents, cond) to a list of
-    maps [(b f) c h w]. heads: the kinds of heads, for ablations. width: most channels inside a head.
+    features: DinoFeatures, UNetFeatures, or a module of your own: `.channels` has the channels of each level,
+    and (latents, cond) becomes a list of one map [(b f) c h w] per level. Of its children only those with the
+    names `backbone` and `vae` are frozen. All its other parameters train, even after requires_grad_(False).
+
+    heads: the kinds of heads, for ablations. width: most channels inside a head.
     """
 
     def __init__(self, features, heads=("spatial", "temporal"), width=128):
@@ -272,6 +280,7 @@ class Discriminator(nn.Module):
 
     def forward(self, latents, cond=None, numbers=None):
         num_frames = latents.shape[1]
+        # The noise of UNetFeatures depends on the clip numbers. Other features do not take them.
         noise = () if numbers is None else (numbers,)
         maps = self.features(latents, cond, *noise)                             # (b f) d h w per level
         # The weights of the heads are fp32. Under autocast the heads compute in the dtype of the features. It

@@ -36,7 +36,7 @@ def karras_sigmas(n, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
 
 
 def strided(sigmas, k):
-    """The k-step grid inside `sigmas` [n + 1]: every floor(n / k)-th level from the top, then 0 -> [k + 1].
+    """The k-step grid inside `sigmas` [n + 1]: k levels from the top, floor(n / k) apart, then 0 -> [k + 1].
 
     Students are sampled on this grid. They were trained at each of its levels, and the last step, to 0,
     stays long. (karras_sigmas(k) would end at sigma_min: for k = 2 its second step starts from 0.002, where
@@ -67,11 +67,11 @@ def precondition(sigma):
         c_in = 1 / sqrt(sigma^2 + 1)   c_noise = ln(sigma) / 4
 
     At sigma = 0, c_skip = 1 and c_out = 0. So f(x, 0) = x, the boundary condition of a consistency function
-    (OSV Eq. 4), holds exactly. c_noise stays finite there.
+    (OSV Eq. 4), holds exactly.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float32)
     square = sigma.square() + 1
-    c_noise = sigma.clamp(min=1e-20).log() / 4
+    c_noise = sigma.clamp(min=1e-20).log() / 4                                  # finite at sigma = 0
     return Precondition(1 / square, -sigma * square.rsqrt(), square.rsqrt(), c_noise)      # EDM Table 1
 
 
@@ -97,8 +97,9 @@ def guided(net, x_t, sigma, cond, guidance=None):
     """
     if guidance is None:
         return consistency(net, x_t, sigma, cond)
-    both = Cond(*(torch.cat(pair) for pair in zip(unconditional(cond), cond)))  # 2 b: first unconditional
+    both = Cond(*(torch.cat(pair) for pair in zip(unconditional(cond), cond)))  # (2 b): first unconditional
     sigma = per_clip(sigma, x_t).flatten().repeat(2)                            # (2 b)
+    # One call on a batch of 2 b clips, then b f c h w each:
     denoised_uncond, denoised_cond = consistency(net, x_t.repeat(2, 1, 1, 1, 1), sigma, both).chunk(2)
     return denoised_uncond + guidance * (denoised_cond - denoised_uncond)
 
