@@ -13,7 +13,6 @@ only LoRA trains, pytorch_lora_weights.safetensors has it for other tools. The s
 `diff train_stage1.py train_stage2.py` shows what stage 2 does differently.
 """
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,11 +55,12 @@ flag("--train", choices=("lora", "temporal", "lora+temporal", "all"), default="l
 flag("--adv_weight", default=0.1, help="lambda of Eq. 7; 0 trains without a discriminator")
 args, world = engine.start_training(parser, PRESETS)
 device, dtype = world.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-clips_per_rank, parts = args.batch_size // world.size, args.gradient_accumulation_steps     # of a step
-micro_batch = clips_per_rank // parts                               # clips in one forward pass
+# In each step, this process trains on `clips_per_rank` clips, in `num_parts` micro-batches.
+clips_per_rank, num_parts = args.batch_size // world.size, args.gradient_accumulation_steps
+micro_batch = clips_per_rank // num_parts                           # clips in one forward pass
 # One forward pass of the student serves the D step and the G step, unless gradients accumulate over several
 # micro-batches: keeping the activations of all of them can cost the memory that accumulation saves.
-one_forward = parts == 1 or args.keep_activations
+one_forward = num_parts == 1 or args.keep_activations
 fast = (lambda network: network) if args.plain else kernels.fast
 torch.manual_seed(args.seed)                                        # initial weights of LoRA and heads
 
@@ -70,6 +70,7 @@ vae = fast(model.load_vae(args.model, dtype=dtype, device=device))
 image_encoder = model.load_image_encoder(args.model, dtype=dtype, device=device)
 unet = model.load_unet(args.model, device=device)
 features = load_features(args.discriminator, args.model, args.dino, vae)
+# latents: the training clips. shown: (x0, cond) of the four clips on the sample sheets.
 latents, shown = data.open_training_data(args, vae, image_encoder, unet, clips_per_rank, world.rank)
 sigmas = karras_sigmas(NUM_SIGMAS).to(device)                       # n + 1, descending, trailing 0
 
@@ -82,7 +83,8 @@ theta = engine.MasterWeights(net, engine.trained_names(net, args.train))
 
 disc = fast(Discriminator(features, args.heads)).to(device)
 psi = {name: p for name, p in disc.named_parameters() if p.requires_grad}
-psi_buffers = {name: b for name, b in disc.heads.named_buffers()}   # singular vectors of spectral norm
+# The singular vectors of spectral norm. Buffers of the features are taken to be frozen, and are not saved.
+psi_buffers = dict(disc.heads.named_buffers())
 
 if world.rank == 0:                                                 # net is still the teacher, drawn here
     sheets = sampler.Sheets(net, vae, *shown, args.validation_teacher_steps, args.seed)
@@ -91,12 +93,13 @@ net.set_checkpointing(args.gradient_checkpointing)
 # ---- Optimisers and resume ------------------------------------------------------------------------------
 
 opt = torch.optim.Adam(theta.masters.values(), lr=args.learning_rate, fused=device.type == "cuda")
+# betas[0] = 0: no momentum, as is usual for discriminators.
 opt_d = torch.optim.Adam(psi.values(), lr=args.lr_d, betas=(0.0, 0.999), fused=device.type == "cuda")
 # The whole state of a run. Noise and the order of clips are functions of seed and clip number.
 state = {"theta": theta.masters, "psi": psi, "buffer": psi_buffers}
 run = engine.Run(args, world, state, {"opt": opt, "opt_d": opt_d},
                  save_sheet=lambda folder, step: sheets.save(folder, step, data.FPS))
-theta.copy_to_net()
+theta.copy_to_net()                                                 # the masters may be those of a checkpoint
 run.announce(net, theta.masters, psi)
 run = dryrun.DryRun(run, latents) if args.dry_run else run          # ends the loop after a few steps
 
@@ -112,29 +115,31 @@ Batch = namedtuple("Batch", "x_t sigma_t cond x_real x_target weight numbers")
 def prepare(numbers):
     """Draws clips `numbers` [b], noise levels and noise, all functions of seed and number -> Batch."""
     x0, cond = latents.take(numbers)                                            # b f c h w
-    u = engine.uniforms(args.seed, numbers, stream=11, n=1)[:, 0].to(device)    # b
-    sigma_t = sigmas[(u * NUM_SIGMAS).long()]                                   # b
+    u = engine.uniforms(args.seed, numbers, stream=11, n=1)[:, 0].to(device)    # b, in [0, 1)
+    sigma_t = sigmas[(u * NUM_SIGMAS).long()]                                   # b, all levels equally likely
     noise = engine.normal(args.seed, numbers, 12, x0.shape[1:], device)         # b f c h w
     x_t = x0 + sigma_t.view(-1, 1, 1, 1, 1) * noise                             # b f c h w
-    x_real, x_target, weight = x0, x0, torch.ones_like(sigma_t)
     numbers = numbers.to(device) if args.discriminator == "unet" else None
-    return Batch(x_t, sigma_t, cond, x_real, x_target, weight, numbers)
+    return Batch(x_t, sigma_t, cond, x_real=x0, x_target=x0, weight=torch.ones_like(sigma_t), numbers=numbers)
 
 
 def d_step(batch):
-    """Computes the discriminator's gradients. x0_pred is detached in its loss, so the student gets none."""
+    """Adds a micro-batch's share to the discriminator's gradients. x0_pred is detached in its loss, so the
+    student gets none. Returns x0_pred for the G step (None if that computes it again), the loss, and the mean
+    logits of real and fake."""
     with torch.set_grad_enabled(one_forward):
         x0_pred = consistency(net, batch.x_t, batch.sigma_t, batch.cond)        # b f c h w, Eq. 4
     logits_real = disc(batch.x_real, batch.cond, batch.numbers)                 # b k
     logits_fake = disc(x0_pred.detach(), batch.cond, batch.numbers)             # b k
     loss_d = hinge_d(logits_real, logits_fake)                                  # Eq. 6
-    (loss_d / parts).backward()
+    (loss_d / num_parts).backward()
     real, fake = logits_real.detach().mean(), logits_fake.detach().mean()
     return x0_pred if one_forward else None, loss_d.detach(), real, fake
 
 
 def g_step(x0_pred, batch):
-    """Computes the student's gradients. They pass through the discriminator, whose own weights are frozen."""
+    """Adds a micro-batch's share to the student's gradients. They pass through the discriminator, whose own
+    weights are frozen. Returns the distance and the adversarial loss."""
     if x0_pred is None:
         x0_pred = consistency(net, batch.x_t, batch.sigma_t, batch.cond)        # b f c h w, Eq. 4
     loss_huber = pseudo_huber(x0_pred, batch.x_target, args.huber_c, batch.weight)      # d(x0_pred, x_target)
@@ -143,18 +148,18 @@ def g_step(x0_pred, batch):
         logits_fake = disc(x0_pred, batch.cond, batch.numbers)                  # b k
         loss_adv = hinge_g(logits_fake, args.linear_g)                          # relu(1 - D(x0_pred))
     loss_g = args.adv_weight * loss_adv + loss_huber                            # Eq. 7
-    (loss_g / parts).backward()
+    (loss_g / num_parts).backward()
     return loss_huber.detach(), loss_adv.detach()
 
 
-# One function per micro-batch. With --keep_activations each one is a CUDA graph of its own, because its
-# activations stay in the memory of that graph until the G step.
-d_steps, g_steps = [d_step] * parts, [g_step] * parts
-power_iteration = partial(engine.power_iteration, disc)
+# One function per micro-batch. Without CUDA graphs all are the same. With --keep_activations each is a CUDA
+# graph of its own, because its activations stay in the memory of that graph until the G step.
+d_steps, g_steps = [d_step] * num_parts, [g_step] * num_parts
+power_iteration = lambda: engine.power_iteration(disc)
 if args.cuda_graph and device.type == "cuda":
     power_iteration = engine.cuda_graph(power_iteration)
-    d_steps = engine.cuda_graphs(d_step, psi.values(), parts, shared=not one_forward)
-    g_steps = engine.cuda_graphs(g_step, theta.net_weights.values(), parts, shared=not one_forward)
+    d_steps = engine.cuda_graphs(d_step, psi.values(), num_parts, shared=not one_forward)
+    g_steps = engine.cuda_graphs(g_step, theta.net_weights.values(), num_parts, shared=not one_forward)
 
 # ---- Loop -----------------------------------------------------------------------------------------------
 
@@ -164,12 +169,11 @@ while run.step < args.max_train_steps and not run.stopped:
     engine.set_learning_rate(opt, args.learning_rate, run.step, args.warmup_steps, decay_steps)
     engine.set_learning_rate(opt_d, args.lr_d, run.step, args.warmup_steps, decay_steps)
     first = run.step * args.batch_size + world.rank * clips_per_rank
-    numbers = torch.arange(first, first + clips_per_rank)
-    batches = [prepare(part) for part in numbers.split(micro_batch)]
+    batches = [prepare(numbers) for numbers in torch.arange(first, first + clips_per_rank).split(micro_batch)]
 
     # ---- D step: learn to tell x_real from x0_pred
-    x0_preds, norm_d, finite_d = [None] * parts, torch.zeros((), device=device), True
-    if args.adv_weight:
+    x0_preds, norm_d, finite_d = [None] * num_parts, torch.zeros((), device=device), True
+    if args.adv_weight:                                         # otherwise these three stay as they are
         power_iteration()                                       # leaves disc in eval mode
         for i, batch in enumerate(batches):
             x0_preds[i], loss_d, real, fake = d_steps[i](batch)
@@ -177,7 +181,7 @@ while run.step < args.max_train_steps and not run.stopped:
         norm_d, finite_d = engine.finite_step(opt_d, psi.values(), args.max_grad_norm)
 
     # ---- G step: x0_pred comes closer to x_target and looks more real
-    disc.requires_grad_(False)
+    disc.requires_grad_(False)                                  # the loss passes through it, psi stays
     for i, batch in enumerate(batches):
         loss_huber, loss_adv = g_steps[i](x0_preds[i], batch)
         run.log.add(loss_huber=loss_huber, loss_adv=loss_adv)
