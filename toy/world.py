@@ -32,7 +32,7 @@ from support.engine import uniforms
 
 # The world is 128 units wide, whatever the size of the picture in pixels.
 WORLD = 128.0
-# name: (corners, notch, size, pair). The outline alternates between outer corners at radius 1 and inner
+# name: (corners, notch, scale, pair). The outline alternates between outer corners at radius 1 and inner
 # corners at radius `notch`, with straight lines between them. The inner corners of a regular polygon lie on
 # its edges; a disc is a polygon of many sides.
 # Each kind has its own pair of colours, and the shapes of a clip differ in kind. So a patch of colour tells
@@ -102,8 +102,8 @@ def toy_clips(seed: int, indices: Tensor, num_frames: int = 14, size: int = 128,
 
 @cache
 def constants(device):
-    """The tables above as tensors: the four columns of KINDS [k], COLOURS [8 c], DARK, LIGHT [c]. Cached per
-    device, because each copy to a GPU waits for the GPU."""
+    """The tables above as tensors: corners, notch, scale and pair [k each], palette [8 c], dark and light [c
+    each]. Cached per device, because each copy to a GPU waits for the GPU."""
     return [torch.tensor(table, device=device) for table in (*zip(*KINDS.values()), COLOURS, DARK, LIGHT)]
 
 
@@ -113,11 +113,12 @@ def constants(device):
 def scene(seed, indices):
     """Draws the scenes of clips `indices` [b] -> Scene."""
     n, k, device = MAX_SHAPES, len(KINDS), indices.device
+    # How many random numbers of a clip each choice takes.
     widths = {"count": 1, "backdrop": 1, "tone": 1, "waves": 4, "kind": k, "colour": n, "radius": n,
               "turn": n, "checked": n, "period": n, "phase": 2 * n, "layouts": 2 * n * LAYOUTS}
     table = uniforms(seed, indices, 0, sum(widths.values()))                            # b sum(widths)
     u = dict(zip(widths, table.split(list(widths.values()), dim=1)))                    # each b width
-    _, _, scale, pair = constants(device)[:4]                                           # k each
+    _, _, scale, pair, *_ = constants(device)                                           # k each
 
     present = torch.arange(n, device=device) < 1 + (u["count"] * n).long()              # b n
     kind = u["kind"].argsort(dim=1)[:, :n]                                              # b n, all different
@@ -168,8 +169,8 @@ def labels(start, motion):
     """The attributes of clips [b NUM_ATTRIBUTES], 0 or 1: colours of the shapes, kinds with their cell at
     frame 0, colour of the background; then kinds with their heading, and the speed."""
     bins = lambda x, num: F.one_hot((x * num).long().clamp(0, num - 1), num)            # x in [0, 1)
-    with_kind = lambda v: (kinds[..., None] * v[:, :, None]).amax(dim=1).flatten(1)     # b n v -> b (k v)
     kinds = F.one_hot(start.kind, len(KINDS)) * start.present[..., None]                # b n k
+    with_kind = lambda v: (kinds[..., None] * v[:, :, None]).amax(dim=1).flatten(1)     # b n v -> b (k v)
     x, y = bins(start.place / WORLD, CELLS).unbind(2)                                   # b n v each
     cells = rearrange(y[..., None] * x[:, :, None], "b n y x -> b n (y x)")
     headings = bins(motion.heading / (2 * math.pi), HEADINGS)                           # b n v
@@ -187,7 +188,7 @@ per_frame = lambda v: v[:, None, None, None]        # [b] -> [b 1 1 1], to broad
 
 def painting(start, motion, size):
     """Renders a Scene in Motion -> frames [b f c h w] in [-1, 1], kind_map [b f h w]."""
-    palette = constants(motion.centres.device)[4]                                       # 8 c
+    *_, palette, _, _ = constants(motion.centres.device)                                # 8 c
     pixel = (torch.arange(size, device=motion.centres.device) + 0.5) * (WORLD / size)   # w, pixel centres
     y, x = pixel[:, None], pixel[None]                                                  # h 1, 1 w
     image = background(start, x, y)[:, None].repeat(1, motion.centres.shape[1], 1, 1, 1)        # b f c h w
@@ -217,7 +218,7 @@ def painting(start, motion, size):
 
 def background(start, x, y):
     """Two soft waves between a darker and a lighter tone of the background's hue -> [b c h w] in [0, 1]."""
-    palette, dark, light = constants(x.device)[4:]                                      # 8 c, c, c
+    *_, palette, dark, light = constants(x.device)                                      # 8 c, c, c
     tilt, wavelength, phase_1, phase_2 = start.waves.T                                  # b each
     cos, sin = per_pixel((2 * math.pi * tilt).cos()), per_pixel((2 * math.pi * tilt).sin())         # b 1 1
     along, across = cos * x + sin * y, cos * y - sin * x                                # b h w
@@ -240,9 +241,11 @@ def outline_distance(pixel, centres, angle, kind, radius):
     u, v = cos * dx + sin * dy, cos * dy - sin * dx         # b f h w
     corners, notch = (per_frame(table[kind]) for table in constants(u.device)[:2])      # b 1 1 1 each
     half = math.pi / corners                                                            # of the wedge
-    nx, ny = notch * half.sin(), 1 - notch * half.cos()                                 # the line's normal
+    # The line from (1, 0) to notch (cos half, sin half) has this normal.
+    nx, ny = notch * half.sin(), 1 - notch * half.cos()                                 # b 1 1 1 each
     length = torch.hypot(nx, ny)
+    # Polar coordinates, folded to one wedge. Then the place relative to the outer corner of this wedge.
     fold = (torch.atan2(v, u) + half).remainder(2 * half) - half                        # b f h w, radians
-    rho = torch.hypot(u, v)
-    along, across = rho * fold.cos() - per_frame(radius), rho * fold.abs().sin()        # b f h w
+    r = torch.hypot(u, v)
+    along, across = r * fold.cos() - per_frame(radius), r * fold.abs().sin()            # b f h w
     return along * (nx / length) + across * (ny / length), u, v
