@@ -12,6 +12,10 @@ Clip numbers count up over all epochs. The file of a clip, its start time, wheth
 noise are functions of (seed, number) only. So the position in the data is one integer, on any number of
 processes and after any resume. (In the toy world, the noise on the picture also depends on num_clips.)
 
+A list has a row per video. One of its columns has the paths (COLUMNS), and --where uses columns of numbers.
+`check` writes such a list: the rows of the good videos with all their columns, and with what it found out:
+path, size, fps, seconds, start. These replace columns of the same name.
+
 Videos are decoded in separate processes (support/decode.py). A file that crashes or hangs its decoder is
 added to a skip list, and training goes on with another file. A file that the system cannot read, for example
 because its disk is not mounted, is replaced without being added to the list.
@@ -32,6 +36,7 @@ import threading
 from argparse import Namespace
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -55,7 +60,7 @@ HELD_OUT = 1_000_000                    # toy worlds of seed + HELD_OUT are for 
 
 
 class Latents(NamedTuple):
-    """n encoded clips: everything that a training step needs of them. Latents are stored in bf16."""
+    """n encoded clips: everything that a training step needs of them. x0 and image_latents are in bf16."""
 
     x0: torch.Tensor                # n f 4 h w  scaled to unit variance
     image_embeds: torch.Tensor      # n 1 d
@@ -109,7 +114,8 @@ def toy_latents(vae, image_encoder, seed: int, num_clips: int, num_frames: int =
 
 SUFFIXES = tuple(".mp4 .m4v .mov .3gp .3g2 .f4v .mkv .webm .avi .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv "
                  ".asf .gif".split())
-COLUMNS = ("path", "video", "file", "filename", "video_path")           # OpenVid-1M has `video`
+# Names of the column of paths, the best one first. OpenVid-1M has `video`, `check` writes `path`.
+COLUMNS = ("path", "video", "file", "filename", "video_path")
 
 
 def open_files(data, where=(), report=False) -> list[str]:
@@ -122,9 +128,9 @@ def open_files(data, where=(), report=False) -> list[str]:
     is_list = data.suffix in (".csv", ".jsonl") and data.is_file()      # reading a pipe would wait for ever
     if not is_list and (where or not data.is_dir()):
         raise ModelError(f"{data}: no .csv or .jsonl list" + ", nor a folder" * (not where))
-    files = list(read_list(data, where) if is_list else walk(data, report))
+    files = [row["path"] for row in read_list(data, where)] if is_list else list(walk(data, report))
     if not files:
-        raise ModelError(f"{data}: no videos in it" + ", or none within the limits" * bool(where))
+        raise ModelError(f"{data}: no videos in it" + ", or none within the limits of --where" * bool(where))
     return files
 
 
@@ -150,22 +156,26 @@ def walk(root, report):
 
 
 def read_list(data, where):
-    """Yields the videos of a list. Paths are relative to the list's folder, or to a folder beside the list
-    that has the column's name, as OpenVid-1M's video/. A missing or empty value is outside all limits."""
+    """Yields the rows of a list, {column: value}, with the absolute path of the video as `path`. In the list,
+    paths are relative to its folder, or to a folder beside it that has the column's name, as OpenVid-1M's
+    video/. A missing or empty value is outside all limits. Raises ModelError."""
     column = None
+    try:
+        limits = [(name, float(low), float(high)) for name, low, high in where]
+    except ValueError as error:
+        raise ModelError(f"--where: {error}: MIN and MAX are numbers; inf is no limit") from error
     with open(data, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file) if data.suffix == ".csv" else map(json.loads, filter(str.strip, file))
         try:
-            limits = [(name, float(low), float(high)) for name, low, high in where]
             for row in rows:
                 if column is None:                      # the first row has the names of all columns
                     column = next((name for name in COLUMNS if name in row), COLUMNS[0])
-                    if missing := {column, *(name for name, _, _ in limits)} - set(row):
-                        raise ModelError(f"no column {min(missing)}, only {', '.join(row)}")
+                    if lacks := {column, *(name for name, _, _ in limits)} - set(row):
+                        raise ModelError(f"no column {min(lacks)}, only {', '.join(row)}: fix it or --where")
                     root = data.parent / column if (data.parent / column).is_dir() else data.parent
-                with suppress(TypeError, KeyError, ValueError, OverflowError):
+                with suppress(TypeError, KeyError, ValueError, OverflowError):      # such rows are left out
                     if all(low <= float(row[name]) <= high for name, low, high in limits):
-                        yield os.path.join(root, row[column])
+                        yield row | {"path": os.path.join(root, row[column])}
         except (csv.Error, ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"{data}: cannot be read: {error}") from error
 
@@ -198,6 +208,7 @@ class Clips:
                  clips_per_rank=1, batch_size=1, skip_list=None):
         self.files, self.seed, self.flip, self.skip_list = files, seed, flip, skip_list
         self.clips_per_rank, self.batch_size = clips_per_rank, batch_size
+        # For decode.read_clip.
         self.shape = {"num_frames": num_frames, "width": width, "height": height, "fps": fps}
         self.num_ahead, self.pending = 2 * workers, {}                  # pending: {number: future clip}
         self.warned = False                                             # of a file that cannot be read now
@@ -207,9 +218,10 @@ class Clips:
         self.bad = {row["path"]: row for row in rows}                   # {path: facts}
 
     def ask_decoder(self, path, start):
-        """Runs decode.read_clip in this thread's process -> (frames uint8 [f H W 3], facts). If facts has a
-        "reason", the frames are not valid. Raises ChildProcessError if the process dies, ModelError if it
-        cannot run at all."""
+        """Runs decode.read_clip in this thread's process -> (frames uint8 [f H W 3], facts). start: 0 to 1,
+        where the clip lies between the first and the last possible one of the file. facts: path, size, fps,
+        seconds and start of the clip; or path and "reason", and then the frames are not valid. Raises
+        ChildProcessError if the process dies, ModelError if it cannot run at all."""
         process = self.local.process = getattr(self.local, "process", None) or Popen(
             DECODER, stdin=PIPE, stdout=PIPE, start_new_session=True)
         sides = [self.shape[name] for name in ("num_frames", "height", "width")]
@@ -227,7 +239,8 @@ class Clips:
         raise ChildProcessError(f"its decoder died of {signal.Signals(-status).name}{late}")
 
     def read(self, path, start=0.0):
-        """Reads a clip of one file -> (frames uint8 [f H W 3], facts, with a "reason" if the file is bad)."""
+        """Reads a clip of one file, see ask_decoder -> (frames uint8 [f H W 3], facts), or (None, facts with
+        a "reason") if the file is bad. A bad file is added to the skip list."""
         if path in self.bad:
             return None, self.bad[path]
         # If the decoder dies, the cause may not be the file: try again, then try the file's beginning.
@@ -237,7 +250,7 @@ class Clips:
                 break
             except ChildProcessError as error:
                 frames, facts = None, {"path": path, "reason": str(error)}
-        if "temporary" in facts:
+        if "temporary" in facts:                        # the system could not read the file
             if not self.warned:                         # one line, even if a whole disk is missing
                 self.warned = True
                 print(f"warning: {path!r}: {facts['reason']}: replaced, tried again later", file=sys.stderr)
@@ -249,13 +262,13 @@ class Clips:
 
     def clip(self, number):
         """Clip `number` -> (frames uint8 [f H W 3], facts). Raises ModelError if no file is good."""
-        n = len(self.files)
+        n, tries = len(self.files), min(TRIES, len(self.files))
         epoch, position = divmod(number, n)
         start, mirror, skip = engine.uniforms(self.seed, torch.tensor([number]), 21, 3)[0].tolist()
-        for i in range(tries := min(TRIES, n)):
+        for i in range(tries):
             # The first try is the clip's own file. The others, 1 to n - 1 places further, begin at a random
             # place, so that bad files that follow each other are replaced by different ones.
-            further = i and 1 + (int(skip * n) + i) % (n - 1)
+            further = 1 + (int(skip * n) + i) % (n - 1) if i > 0 else 0
             path = self.files[shuffled(self.seed, epoch, n)[(position + further) % n]]
             frames, facts = self.read(path, start)
             if "reason" not in facts:
@@ -268,8 +281,9 @@ class Clips:
         """Clips `numbers` [b] -> frames uint8 [b f H W 3]. Starts to decode the clips that come next."""
         wanted, ahead = numbers.tolist(), []
         number = wanted[-1]
-        for _ in range(self.num_ahead):                 # skip the numbers of the other processes
-            number += 1 if (number + 1) % self.clips_per_rank else 1 + self.batch_size - self.clips_per_rank
+        for _ in range(self.num_ahead):
+            at_end = (number + 1) % self.clips_per_rank == 0        # of this process's part of the batch
+            number += 1 + self.batch_size - self.clips_per_rank if at_end else 1
             ahead.append(number)
         for number in wanted + ahead:
             if number not in self.pending:
@@ -286,7 +300,10 @@ MOTION_SCALE = 0.1                  # change per frame, of pixels in [-1, 1], th
 
 
 class VideoLatents:
-    """Clips of videos, encoded in every step: this needs no disk space, but time for the VAE."""
+    """Clips of videos, encoded in every step: this needs no disk space, but time for the VAE.
+
+    motion_bucket_id: of all clips (default: measured, see encode).
+    """
 
     def __init__(self, clips, vae, image_encoder, motion_bucket_id=None):
         self.clips, self.nets, self.motion_bucket_id = clips, (vae, image_encoder), motion_bucket_id
@@ -327,6 +344,7 @@ class ShardLatents:
             tensors = dict(read_safetensors([folder / name]))           # reads the header, maps the rest
             found = {key: [*x.shape] for key, x in tensors.items()}
             b, d = min(size, n - i * size), found.get("image_embeds", [])[-1:]
+            # [*d], the size of the embeddings, may be any: open_training_data compares it with the UNet's.
             wanted = dict(zip(Latents._fields, ([b, f, 4, h, w], [b, 1, *d], [b, 4, h, w], [b, 3])))
             if found != wanted:
                 raise ModelError(f"{folder}/{name}: has {found}, not {wanted}: delete it, encode again")
@@ -334,13 +352,13 @@ class ShardLatents:
 
     def take(self, numbers):
         """Clips `numbers` [b], shuffled, each once per epoch -> x0 [b f 4 h w] and model.Cond, fp32."""
-        rows, n = [], self.index["num_clips"]
+        rows, n, names = [], self.index["num_clips"], [*self.index["shards"]]
         for epoch, position in (divmod(number, n) for number in numbers.tolist()):
             shard, row = divmod(shuffled(self.seed, epoch, n)[position].item(), self.index["shard_size"])
             clip = [x[row:row + 1] for x in self.shards[shard]]         # on the CPU: no wait for the GPU
             with engine.waiting():                                      # here the disk is read
                 if not all(x.isfinite().all() for x in clip):
-                    raise ModelError(f"{[*self.index['shards']][shard]}: NaN or infinity in clip {row} of it")
+                    raise ModelError(f"{names[shard]}: NaN or infinity in clip {row} of it: encode it again")
             rows.append([x.to(self.device) for x in clip])
         return concatenate(rows).take(torch.arange(len(rows)))
 
@@ -352,13 +370,13 @@ def digest(content):
 
 # ---- Opening data ---------------------------------------------------------------------------------------
 
-# {flag of clips: default} for the flags that do not change shards or the toy world.
+# {flag of clips: default} for the flags whose values are fixed in shards and in the toy world.
 FIXED = dict.fromkeys("num_frames width height flip motion_bucket_id where".split()) | {"fps": FPS}
 
 
 def open_clips(args, report=False, **options):
     """The videos that the flags `args` name -> Clips. report: prints what is passed over in a folder.
-    options: its other arguments. Raises ModelError."""
+    options: further arguments of Clips. Raises ModelError."""
     return Clips(open_files(args.data, args.where, report), args.seed, args.num_frames, args.width,
                  args.height, fps=args.fps, flip=args.flip, workers=args.workers, **options)
 
@@ -394,8 +412,8 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     trains on: nothing is held out. With --overfit N, the run trains on the first N clips, encoded once, and
     shows four of them."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    width, height = (given or default for given, default in
-                     zip((args.width, args.height), model.default_size(unet)))
+    default_width, default_height = model.default_size(unet)
+    width, height = args.width or default_width, args.height or default_height
     if width % (stride := model.pixel_stride(unet)) or height % stride:
         raise ModelError(f"--width {width} --height {height}: must be multiples of {stride} for this model")
     flags = vars(args) | {"num_frames": unet.config["num_frames"], "width": width, "height": height}
@@ -413,11 +431,11 @@ def open_training_data(args, vae, image_encoder, unet, clips_per_rank, rank):
     found = [cond.image_embeds.shape[-1], 2 * x0.shape[2]]
     takes = [unet.config["cross_attention_dim"], unet.config["in_channels"]]
     if found != takes:
-        raise ModelError(f"--data has image embeddings and channels {found}, the UNet takes {takes}")
+        raise ModelError(f"--data has embeddings and channels {found}, the UNet takes {takes}: encode again")
     return latents, (x0, cond)
 
 
-# ---- Commands -------------------------------------------------------------------------------------------
+# ---- Commands. Their docstrings are their help texts ----------------------------------------------------
 
 
 def check(args, out):
@@ -433,12 +451,17 @@ def check(args, out):
     checkpoint.refuse_overwriting([out, bad], [args.data])
     clips = open_clips(args, report=True)
     good, n, step = 0, len(clips.files), 64 * args.workers
+    videos = ({"path": path} for path in clips.files)
+    if Path(args.data).is_file():                       # a list is read again, for its other columns
+        videos = read_list(Path(args.data).absolute(), args.where)
     with (checkpoint.replacing(out) as good_part, checkpoint.replacing(bad) as bad_part,
           open(good_part, "w") as good_list, open(bad_part, "w") as bad_list,
           tqdm(total=n, desc="check", disable=None) as bar):
-        for first in range(0, n, step):                 # in steps: a queue of a million tasks needs memory
-            for _, facts in clips.threads.imap(clips.read, clips.files[first:first + step]):
-                (bad_list if "reason" in facts else good_list).write(json.dumps(facts) + "\n")
+        while rows := [*islice(videos, step)]:          # in steps: a queue of a million tasks needs memory
+            for row, (_, facts) in zip(rows, clips.threads.imap(clips.read, [row["path"] for row in rows])):
+                # A list of bad videos that is checked again loses its old reasons.
+                row = {name: row[name] for name in row if name not in ("reason", "temporary")}
+                (bad_list if "reason" in facts else good_list).write(json.dumps(row | facts) + "\n")
                 good += "reason" not in facts
                 bar.update()
         if not good:                                    # inside `with`: earlier lists remain
@@ -459,8 +482,8 @@ def encode(args, out):
     world, size = engine.start_world(), args.shard_size
     clips = open_clips(args, report=world.rank == 0, clips_per_rank=size, batch_size=size * world.size,
                        skip_list=None if args.dry_run else out / f"bad-{world.rank}.jsonl")
-    count, free = args.num_clips or len(clips.files), ("command", "out", "workers", "dry_run")
-    settings = {key: value for key, value in vars(args).items() if key not in free}
+    count, may_change = args.num_clips or len(clips.files), ("command", "out", "workers", "dry_run")
+    settings = {key: value for key, value in vars(args).items() if key not in may_change}
     # The names of the videos, without their folder, which may move.
     settings |= {"num_clips": count, "videos": digest(repr([*map(os.path.basename, clips.files)]).encode())}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
@@ -511,7 +534,7 @@ def main():
     if args.width % 8 or args.height % 8:
         parser.error(f"--width {args.width} --height {args.height}: sizes must be multiples of 8")
     if args.dry_run and args.command != "encode":
-        parser.error("--dry_run is for encode")
+        parser.error("--dry_run is for encode: leave it out")
     function, out = modes[args.command]
     out = args.out or Path(out)
     if out.suffix not in {"check": [".jsonl"], "preview": [".png", ".jpg"]}.get(args.command, [out.suffix]):

@@ -739,7 +739,7 @@ def test_lists_of_paths(tmp_path):
     ("a.csv", "name,score\nx,1\n", (), "no column path, only name, score"),
     ("a.csv", "path,score\nx,1\n", [("scores", 1, 2)], "no column scores"),
     ("a.csv", "path,score\nx,1\n", [("score", 2, 3)], "none within the limits"),
-    ("a.csv", "path,score\nx,1\n", [("score", "two", 3)], "two"),
+    ("a.csv", "path,score\nx,1\n", [("score", "two", 3)], "^--where: .*'two': MIN and MAX are numbers"),
     ("a.csv", "", (), "no videos"), ("a.csv", "path\n", (), "no videos"),
     ("a.jsonl", "{}\n", (), "no column path"), ("a.jsonl", "[1]\n", (), "no column path|cannot be read"),
     ("a.jsonl", '{"path": "x"}\n{"path"', (), "cannot be read"), ("a.txt", "x.mp4\n", (), "nor a folder")])
@@ -1099,6 +1099,33 @@ def test_check_writes_lists(tmp_path, good_video, monkeypatch, capsys):
     assert {Path(row["path"]).name for row in bad} == set(reasons) and len(bad) == len(reasons)
     files = data.open_files(tmp_path / "good.jsonl", [("seconds", 2.9, 3.1)])
     assert [Path(file).name for file in files] == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_check_keeps_the_columns_of_a_list(tmp_path, good_video, monkeypatch, suffix):
+    """Its own facts replace columns of the same name. A list of bad videos that are good by now loses the
+    reasons. More rows than are checked at a time."""
+    rows = [{"video": "a.mp4" if i % 3 else "no.mp4", "caption": f'"{i}",\n', "seconds": "99", "score": i,
+             "reason": "old"} for i in range(70)]
+    os.link(good_video, tmp_path / "a.mp4")
+    with open(tmp_path / f"list.{suffix}", "w", newline="") as file:
+        if suffix == "csv":
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, "check", tmp_path / f"list.{suffix}", "--out", tmp_path / "good.jsonl", "--workers", 1,
+        "--where", "score", 1, 69, *SIZE)
+    good, bad = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+                 for name in ("good.jsonl", "good.bad.jsonl"))
+    assert [int(row["score"]) for row in good] == [i for i in range(1, 70) if i % 3]
+    assert [int(row["score"]) for row in bad] == [i for i in range(1, 70) if not i % 3]
+    for row in good:
+        assert row["video"] == "a.mp4" and row["path"] == str(tmp_path / "a.mp4") and "reason" not in row
+        assert row["caption"] == f'"{row["score"]}",\n' and 2 < row["seconds"] < 4
+    assert all(row["reason"] != "old" and row["path"] == str(tmp_path / "no.mp4") for row in bad)
+    assert len(data.open_files(tmp_path / "good.jsonl", [("score", 1, 5)])) == 4         # 1, 2, 4, 5
 
 
 def test_check_keeps_earlier_lists_until_it_is_done(tmp_path, folder, monkeypatch, capsys):
