@@ -510,9 +510,7 @@ def encode(args, out):
     # The process that finishes the last shard writes the index. If two finish together, both write the same.
     if all(file.exists() for file in shards + sums):
         index = settings | {"shards": {shard.name: file.read_text() for shard, file in zip(shards, sums)}}
-        own = out / f"index-{world.rank}.json"
-        write_json(own, index | {"sha256": digest(json.dumps(index).encode())})
-        own.replace(out / "index.json")
+        write_json(out / "index.json", index | {"sha256": digest(json.dumps(index).encode())})
         print(f"wrote {out}: {count} clips, {sum(shard.stat().st_size for shard in shards) / 1e9:.3g} GB")
 
 

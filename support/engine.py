@@ -651,9 +651,9 @@ class Log:
             print(f"step {step:6d}", *(f" {name} {value:.4g}" for name, value in values.items()),
                   f" left {timedelta(seconds=round(left))}")
         values["seconds_left"] = left
-        with checkpoint.writing(self.args.output_dir):
-            with open(self.args.output_dir / "metrics.jsonl", "a") as file:
-                file.write(checkpoint.to_json({"step": step, **values}))
+        metrics = self.args.output_dir / "metrics.jsonl"
+        with checkpoint.writing(metrics), open(metrics, "a") as file:
+            file.write(checkpoint.to_json({"step": step, **values}))
             if self.report:
                 self.report(values, step=step)
 

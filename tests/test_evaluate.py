@@ -786,15 +786,16 @@ def test_changes_are_compared_with_none():
 
 
 def test_recipes_are_compared_at_equal_time():
-    """A length that only one of them has is left out: the shipped student has no counterpart."""
     row = lambda run, name, fvd, bits: {
         **FIGURES, "run": run, "sampler": name, "fvd": fvd, "fvd_draws": [fvd - 1, fvd, fvd + 1],
         "bad": bits / 64, "bad_interval": 0.1, "bad_clips": f"{2 ** bits - 1:x}"}
-    rows = [row("osv", "1", 18.0, 40), row("osv", "tts", 9.0, 30), row("osv x 6", "1", 15.0, 38),
-            row("osv x 6", "tts", 9.0, 30), row("osv x 9", "1", 1.0, 1), row("osv x 9", "tts", 1.0, 1),
-            row(tables.BETTER, "1", 32.0, 44), row(tables.BETTER, "2", 10.0, 36),
-            row(f"{tables.BETTER} x 6", "1", 12.0, 40), row(f"{tables.BETTER} x 6", "2", 9.0, 36)]
-    short, long = pages.recipes({"protocol": {"clips": 64}, "rows": rows})
+    rows = []
+    for length, figures in {"": (18.0, 40, 32.0, 44), " x 2.5": (15.0, 39, 14.0, 40),
+                            " x 6": (15.0, 38, 12.0, 40)}.items():
+        osv, other = f"osv{length}", f"{tables.BETTER}{length}"
+        rows += [row(osv, "1", *figures[:2]), row(osv, "tts", 9.0, 30), row(other, "1", *figures[2:]),
+                 row(other, "2", 9.0, 36)]
+    short, _, long = pages.recipes({"protocol": {"clips": 64}, "rows": rows})
     assert (short["run"], long["run"]) == ("osv", "osv x 6")
     assert short["one"]["fvd_difference"] == "-14.0 (-14.0 to -14.0)" and short["one"]["fvd_here"] == "yes"
     assert long["one"]["fvd_difference"] == "+3.0 (+3.0 to +3.0)"

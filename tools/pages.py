@@ -135,11 +135,10 @@ def recipes(report):
     """A row for each length of training: "osv" less AnimateLCM's recipe, "one" in one step, "two" in two
     evaluations, where "osv" is sampled with Time Travel."""
     rows, clips = over_seeds(report["rows"]), report["protocol"]["clips"]
-    for run in dict.fromkeys(row["run"] for row in rows.values() if row["run"].startswith("osv")):
-        other = run.replace("osv", BETTER)
-        if f"{other}, 1" in rows:
-            yield {"run": run, "one": dict(compared(rows[f"{run}, 1"], rows[f"{other}, 1"], clips)),
-                   "two": dict(compared(rows[f"{run}, tts"], rows[f"{other}, 2"], clips))}
+    less = lambda row, other: dict(compared(rows[row], rows[other], clips))
+    for length in ("", " x 2.5", " x 6"):
+        run, other = f"osv{length}", f"{BETTER}{length}"
+        yield {"run": run, "one": less(f"{run}, 1", f"{other}, 1"), "two": less(f"{run}, tts", f"{other}, 2")}
 
 
 def one_step(report):
