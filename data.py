@@ -171,10 +171,11 @@ def read_list(data, where):
                 if column is None:                      # the first row has the names of all columns
                     column = next((name for name in COLUMNS if name in row), COLUMNS[0])
                     if lacks := {column, *(name for name, _, _ in limits)} - set(row):
-                        raise ModelError(f"no column {min(lacks)}, only {', '.join(row)}: fix it or --where")
+                        names = ", ".join(filter(None, row))
+                        raise ModelError(f"no column {min(lacks)}, only {names}: fix it or --where")
                     root = data.parent / column if (data.parent / column).is_dir() else data.parent
                 with suppress(TypeError, KeyError, ValueError, OverflowError):      # such rows are left out
-                    if all(low <= float(row[name]) <= high for name, low, high in limits):
+                    if row[column] and all(low <= float(row[name]) <= high for name, low, high in limits):
                         yield row | {"path": os.path.join(root, row[column])}
         except (csv.Error, ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"{data}: cannot be read: {error}") from error
@@ -460,8 +461,8 @@ def check(args, out):
         while rows := [*islice(videos, step)]:          # in steps: a queue of a million tasks needs memory
             for row, (_, facts) in zip(rows, clips.threads.imap(clips.read, [row["path"] for row in rows])):
                 # A list of bad videos that is checked again loses its old reasons.
-                row = {name: row[name] for name in row if name not in ("reason", "temporary")}
-                (bad_list if "reason" in facts else good_list).write(json.dumps(row | facts) + "\n")
+                row = {name: row[name] for name in row if name not in (None, "reason", "temporary")}
+                (bad_list if "reason" in facts else good_list).write(checkpoint.to_json(row | facts))
                 good += "reason" not in facts
                 bar.update()
         if not good:                                    # inside `with`: earlier lists remain

@@ -254,15 +254,11 @@ def misfit(content, types):
 
 
 def to_json(content, indent=None):
-    """Content as JSON. It has no infinity and no NaN, so these become strings: "Infinity", "-Infinity" and
-    "NaN"."""
-    return json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=indent) + "\n"
-
-
-def from_json(text):
-    """What to_json was given, except that a string "NaN" or "Infinity" becomes the number. Older files have
-    these words without quotation marks, which json.loads reads."""
-    return json.loads(re.sub(r'"(-?Infinity|NaN)"(?=\s*[],}])', r"\1", text))
+    """Content as JSON. It has no infinity and no NaN: infinity becomes 1e999, which is read as infinity, and
+    NaN becomes null."""
+    new = {"Infinity": "1e999", "NaN": "null"}          # not inside a string, which the pattern takes whole
+    text = json.dumps(content, indent=indent)
+    return re.sub(r'"(?:\\.|[^"\\])*"|Infinity|NaN', lambda found: new.get(found[0], found[0]), text) + "\n"
 
 
 def read_json(file, **types):
@@ -270,7 +266,7 @@ def read_json(file, **types):
     ModelError for a missing or broken file or another type, OSError for one that cannot be read."""
     require_file(file)
     try:
-        content = from_json(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not a readable JSON file ({error}): replace it") from error
     if wrong := misfit(content, types):
@@ -285,7 +281,7 @@ def read_lines(file, **types):
     rows, lines = [], file.read_bytes().splitlines() if file.exists() else []
     for line in lines:
         with suppress(ValueError, RecursionError):
-            rows += [row for row in [from_json(line.decode())] if not misfit(row, types)]
+            rows += [row for row in [json.loads(line)] if not misfit(row, types)]
     if len(rows) < len(lines):
         print(f"warning: {file}: {len(lines) - len(rows)} damaged lines are left out", file=sys.stderr)
     return rows
@@ -314,10 +310,12 @@ def replacing(file):
     folder. If writing stops half-way, an earlier `file` is unchanged. Missing parent folders are made. An
     error is an OSError that names `file`.
 
-    The temporary name is random, so two processes can write one file. A killed process leaves it behind as a
-    hidden file, which clear_parts finds."""
-    part = file.with_name(f".{file.name}.{os.urandom(4).hex()}.part")
+    The temporary name is random, so two processes can write one file. A killed process leaves a hidden file
+    behind. The next training, encoding or export in this folder deletes it, see clear_parts."""
+    part = file.with_name(f".{file.name[:32]}.{os.urandom(4).hex()}.part")      # 255 bytes are allowed
     with writing(file):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise OSError("it is a device or a pipe")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             yield part

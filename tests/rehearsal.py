@@ -144,7 +144,8 @@ def intact(folder):
         if file.suffix == ".safetensors":
             bad += [key for key, x in tensors(file.parent, file.stem).items() if not x.isfinite().all()]
         elif file.suffix in (".json", ".jsonl"):
-            bad += re.findall(r"\b(?:NaN|Infinity)\b", file.read_text())
+            bad += re.findall(r"\b(?:NaN|Infinity|1e999)\b", file.read_text())
+            bad += re.findall(r'"loss\w*": null', file.read_text())         # NaN, see checkpoint.to_json
         elif file.suffix in (".png", ".jpg"):
             Image.open(file).load()
         elif file.suffix == ".mp4":

@@ -50,6 +50,7 @@ one step beats one of AnimateLCM: 1 < AnimateLCM 5e-4, 1; one step beats one of 
 Time Travel beats 8 of AnimateLCM: tts < AnimateLCM 5e-4, 8
 """)                                            # over_seeds keeps one learning rate of each baseline
 FIGURES = "fvd", "seconds", "sharpness", "diversity", "motion", "first_psnr", "bad", "training_seconds"
+SAMPLERS = {"1": "one step", "2": "two steps", "tts": "Time Travel"}
 # The rows of the README, and what they are called there.
 HEADLINE = {("real", "other futures"): "other real futures", ("teacher", "25"): "teacher, 25 steps",
             ("teacher", "8"): "teacher, 8 steps", ("teacher", "2"): "teacher, 2 steps",
@@ -288,17 +289,17 @@ def plot(rows, out):
 
 
 def plot_budgets(rows, out):
-    """Draws toy-FVD and the share of bad clips over seconds of training: a colour per recipe, a solid line
-    for one step and a dashed one for two evaluations."""
+    """Draws toy-FVD and the share of bad clips over seconds of training, with 95 % intervals: a colour per
+    recipe, a solid line for one step and a dashed one for two evaluations."""
     lines = defaultdict(list)
     for row in sorted(over_seeds(rows).values(), key=lambda row: row["training_seconds"]):
-        lines[row["run"].split(" x ")[0], row["nfe"]].append(row)
+        lines[row["run"].split(" x ")[0], row["sampler"]].append(row)
     colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(run for run, _ in lines))}
     for axes, y, half in zip(new_figure(9, 4).subplots(1, 2), ("fvd", "bad"), ("interval", "bad_interval")):
-        for (run, nfe), points in lines.items():
+        for (run, name), points in lines.items():
             x, values, error = zip(*((row["training_seconds"], row[y], row[half]) for row in points))
-            axes.errorbar(x, values, error, fmt="o-" if nfe == 1 else "s--", capsize=3, color=colours[run],
-                          label=f"{run}, {'one step' if nfe == 1 else 'two evaluations'}")
+            axes.errorbar(x, values, error, fmt="o-" if name == "1" else "s--", capsize=3, color=colours[run],
+                          label=f"{run}, {SAMPLERS[name]}")
         axes.set(xscale="log", xlabel="seconds of training", ylabel={"fvd": "toy-FVD", "bad": "bad clips"}[y])
         axes.set_xticks(ticks := [50, 100, 200, 500], ticks)
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
