@@ -274,7 +274,7 @@ for stage, batch, flags in ((1, 8 if full else 2, AT1), (2, 2, f"{AT2} --stage1 
         PRESETS[f"dry{stage}_{name}"] = Leg(
             f"stage {stage}, --preset {preset}", [f"train_stage{stage}.py --preset {preset} {NETWORKS} "
             f"{VIDEOS} {flags} --dry_run --output_dir WORK/dry{stage}_{name}"],
-            [says("data    20 clips", "disk    "), partial(dry, clips, gib)], None, gib)
+            [says("clips read, ", "disk    "), partial(dry, clips, gib)], None, gib)
 
 LEGS = {
     "pipeline": Leg("networks in SVD's layout", inside["pipeline"], [has("model_index.json")]),

@@ -738,6 +738,8 @@ def test_lists_of_paths(tmp_path):
 @pytest.mark.parametrize("name, text, where, message", [
     ("a.csv", "name,score\nx,1\n", (), "no column path, only name, score"),
     ("a.csv", "path,score\nx,1\n", [("scores", 1, 2)], "no column scores"),
+    ("a.csv", "path,score\nx,1,an extra cell\n", [("n", 1, 2)], "no column n, only path, score"),
+    ("a.csv", "path,score\n,1\n", (), "no videos"),               # not the folder of the list
     ("a.csv", "path,score\nx,1\n", [("score", 2, 3)], "none within the limits"),
     ("a.csv", "path,score\nx,1\n", [("score", "two", 3)], "^--where: .*'two': MIN and MAX are numbers"),
     ("a.csv", "", (), "no videos"), ("a.csv", "path\n", (), "no videos"),
