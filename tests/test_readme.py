@@ -24,7 +24,7 @@ FOLDERS = ["support", "toy", "tools"]                           # of our modules
 SCRIPTS = {"train_stage1", "train_stage2", "toy.train"}         # and all of tools/: run, never imported
 
 # Lines of code. Each file and each function stands 3 % below 450 and 60, so that a small addition fits.
-LARGEST = {"a file": 446, "a function": 58, "the top level": 2000, "all of it": 5225}
+LARGEST = {"a file": 446, "a function": 58, "the top level": 2000, "all of it": 5230}
 
 
 # ---- Commands and links ---------------------------------------------------------------------------------
