@@ -165,8 +165,9 @@ def find_folder(path, name, variant, revision):
             if (folder / "config.json").is_file():
                 return folder
         # Reading the files raises a ModelError of its own for pickles and for Stability's layout.
-        dict(read_safetensors(file for file in (local, *local.glob("*"))
-                              if file.suffix in (".safetensors", *PICKLES)))
+        weights = [file for file in (local, *local.glob("*")) if file.suffix in (".safetensors", *PICKLES)]
+        for _ in read_safetensors(weights):
+            pass
         hint = "expected the diffusers layout" + " (for UNet or LoRA weights: --student)" * local.is_file()
         raise ModelError(f"{path}: no {name}/config.json and no config.json in it; {hint}")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
@@ -310,9 +311,10 @@ def replacing(file):
     folder. If writing stops half-way, an earlier `file` is unchanged. Missing parent folders are made. An
     error is an OSError that names `file`.
 
-    The temporary name is random, so two processes can write one file. A killed process leaves a hidden file
-    behind. The next training, encoding or export in this folder deletes it, see clear_parts."""
-    part = file.with_name(f".{file.name[:32]}.{os.urandom(4).hex()}.part")      # 255 bytes are allowed
+    The temporary name is random, so two processes can write one file. It has only the beginning of the file's
+    name, because no name may be longer than 255 bytes. A killed process leaves a hidden file behind. The next
+    training, encoding or export in this folder deletes it, see clear_parts."""
+    part = file.with_name(f".{file.name[:32]}.{os.urandom(4).hex()}.part")
     with writing(file):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise OSError("it is a device or a pipe")

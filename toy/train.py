@@ -25,7 +25,6 @@ depend on blur.
 
 Letters in shape comments: b clips, f frames, k labels, p patches, c h w latents, H W frame size.
 """
-import json
 import shutil
 import signal
 import time
@@ -125,7 +124,7 @@ signal.signal(signal.SIGTERM, stop_after_step)
 def log(**entry):
     if world.rank == 0:
         with checkpoint.writing(log_file), open(log_file, "a") as file:
-            file.write(json.dumps({**entry, "seconds": round(time.time() - start, 2)}) + "\n")
+            file.write(checkpoint.to_json({**entry, "seconds": round(time.time() - start, 2)}))
 
 
 def train(stage, net, loss_of):
