@@ -101,6 +101,9 @@ def test_exported_folder_makes_our_frames_in_diffusers(
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
     assert np.abs(as_sheet(names["video"]) - sheet("ours.png")).mean() > 2      # Time Travel has an effect
     assert (tmp_path / "one_step.gif").is_file() and (tmp_path / "time_travel.gif").is_file()
+    half, scheduler = torch.ones(1, 14, 4, 8, 8, dtype=torch.float16), names["pipe"].scheduler
+    scheduler.set_timesteps(sigmas=[700.0, 14.811282, 0.0])
+    assert scheduler.step(half, scheduler.timesteps[0], half).prev_sample.dtype == torch.float16
 
 
 def test_exported_weights_are_those_put_in(tmp_path, monkeypatch, pipeline_folder, student):
