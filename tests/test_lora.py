@@ -157,9 +157,11 @@ def test_lora_of_a_bf16_network_round_trip(tmp_path):
     assert {parameter.dtype for parameter in net.parameters() if parameter.requires_grad} == {torch.float32}
     lora.save_lora(net, tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / lora.LORA_FILE).values()} == {torch.float32}
-    inputs = unet_inputs()
-    assert torch.equal(lora.load_lora(plain, tmp_path)(*inputs), net(*inputs))
+    again, inputs = lora.load_lora(plain, tmp_path), unet_inputs()
+    assert all(torch.equal(x, net.state_dict()[key]) for key, x in again.state_dict().items())
     before = net(*inputs)
+    # Not to the bit: sums in bf16 on a CPU depend on where in memory their terms are.
+    assert relative_error(again(*inputs), before) < 0.01
     assert relative_error(lora.merge_lora(net)(*inputs), before) < 0.05        # one bf16 rounding is 2^-9
 
 
