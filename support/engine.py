@@ -219,7 +219,7 @@ def command_line(description, memory_hint="try smaller sizes or batches", **sett
 # Flags that may change when a run resumes. All others must equal those of the checkpoint.
 FREE = ("output_dir max_train_steps device log_steps validation_steps checkpointing_steps workers cuda_graph "
         "plain validation_teacher_steps checkpoints_total_limit resume_from_checkpoint keep_activations "
-        "report_to dry_run").split()
+        "deterministic report_to dry_run").split()
 
 
 def clip_flags(flag):
@@ -266,6 +266,7 @@ def training_flags(description, presets):
     flag("--huber_c", default=0.001, help="c of the pseudo-Huber distance")
     flag("--gradient_checkpointing", action=on_off, default=False, help="recompute activations, save memory")
     flag("--cuda_graph", action=on_off, default=False, help="record the steps on a GPU and replay them")
+    flag("--deterministic", action="store_true", help="make a GPU repeat a training bit for bit, more slowly")
     flag("--plain", action="store_true", help="use the layers of model.py, without support/kernels.py")
     flag("--mixed_precision", choices=("bf16", "no"), default="bf16" if cuda else "no", help="no means fp32")
     flag("--device", help="cuda, mps or cpu (default: the first of these that is available)")
@@ -293,6 +294,9 @@ def start_training(parser, presets):
     args.num_clips = args.overfit or args.num_clips                     # of the toy world
     if args.dry_run:
         args.report_to, args.validation_teacher_steps = "none", 1
+    if args.deterministic:                          # before the first use of a GPU, which reads the setting
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
     world = start_world(args.device)
     if args.batch_size % (world.size * args.gradient_accumulation_steps):
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {world.size} processes times "

@@ -668,7 +668,7 @@ def test_the_unet_discriminator_gives_the_same_losses_in_any_batch_split(train):
 def test_recorded_trainings_have_the_same_losses(train, stage, kind):
     """Whole trainings, two micro-batches a step. Calls 1 to 3 of a function run as they are, call 4 is
     recorded, later ones are replayed: from step 3 on, with --keep_activations from step 5 on."""
-    flags = f"{SIX} --device cuda --discriminator {kind} --gradient_accumulation_steps 2"
+    flags = f"{SIX} --device cuda --deterministic --discriminator {kind} --gradient_accumulation_steps 2"
     flags += " --stage1 none" * (stage == 2)
     recorded = ("--cuda_graph", "--cuda_graph --keep_activations",
                 "--cuda_graph --keep_activations --gradient_checkpointing")
@@ -679,6 +679,30 @@ def test_recorded_trainings_have_the_same_losses(train, stage, kind):
         losses = [[row[name] for name in LOSSES] for row in metrics(run.folder)]
         assert losses == [pytest.approx(row, rel=1e-2) for row in expected]
     assert len(expected) == 6 and len({loss for row in expected for loss in row}) == 18
+
+
+@needs_gpu
+@pytest.mark.parametrize("more", ["", "--cuda_graph"])
+@BOTH
+def test_deterministic_trainings_repeat_and_resume_bit_for_bit(train, stage, more):
+    flags = f"{SIX} --device cuda --mixed_precision bf16 --deterministic {more}"
+    flags += " --stage1 none" * (stage == 2)
+    whole, again, first = [train(stage, f"{flags} {steps}") for steps in ("", "", "--max_train_steps 3")]
+    assert first.wait().status == 0, first.stderr
+    resumed = train(stage, flags, first.folder)
+    runs = [[[row[name] for name in LOSSES] for row in metrics(run.wait().folder)]
+            for run in (whole, again, resumed)]
+    assert len(runs[0]) == 6 and runs[0] == runs[1] == runs[2]
+
+
+def tell_deterministic():
+    torch.use_deterministic_algorithms = lambda *args, **kwargs: print("deterministic", args, kwargs)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_deterministic_asks_torch(train, flag):
+    run = train(1, "--max_train_steps 1" + " --deterministic" * flag, before=tell_deterministic).wait()
+    assert run.status == 0 and ("deterministic (True,)" in run.stdout) == flag, run.stderr
 
 
 def test_plain_networks_compute_the_same(train, whole, tmp_path):
