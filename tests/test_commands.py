@@ -204,6 +204,7 @@ LEFT_OUT = {
     "python tests/full_size_parity.py ...": "a GPU with 60 GB",
     "python tests/rehearsal.py --report results/rehearsal.json": "a GPU, and minutes",
     "python -m tools.tables student --report ...": "a GPU, and minutes",
+    "python -m tools.tables student --seed 1 --report ...": "a GPU, and minutes",
     "python exercises/by_speed.py ...": "tests/test_evaluate.py runs it",
     "python exercises/grade.py --show ex01": "needs an answer; other tests draw the pictures",
     "python evaluate.py sensitivity --num_clips 768 ...": "a GPU; tests/test_evaluate.py has a small one",

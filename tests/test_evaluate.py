@@ -790,13 +790,15 @@ def test_recipes_are_compared_at_equal_time():
         **FIGURES, "run": run, "sampler": name, "fvd": fvd, "fvd_draws": [fvd - 1, fvd, fvd + 1],
         "bad": bits / 64, "bad_interval": 0.1, "bad_clips": f"{2 ** bits - 1:x}"}
     rows = []
-    for length, figures in {"": (18.0, 40, 32.0, 44), " x 2.5": (15.0, 39, 14.0, 40),
-                            " x 6": (15.0, 38, 12.0, 40)}.items():
-        osv, other = f"osv{length}", f"{tables.BETTER}{length}"
+    for osv, length, *figures in (
+            ("osv", "", 18.0, 40, 32.0, 44), ("osv x 2.5", " x 2.5", 15.0, 39, 14.0, 40),
+            ("osv x 6", " x 6", 15.0, 38, 12.0, 40), ("shipped", " x 12.5", 14.0, 38, 12.0, 40)):
+        other = f"{tables.BETTER}{length}"
         rows += [row(osv, "1", *figures[:2]), row(osv, "tts", 9.0, 30), row(other, "1", *figures[2:]),
                  row(other, "2", 9.0, 36)]
-    short, _, long = pages.recipes({"protocol": {"clips": 64}, "rows": rows})
-    assert (short["run"], long["run"]) == ("osv", "osv x 6")
+    short, _, long, shipped = pages.recipes({"protocol": {"clips": 64}, "rows": rows})
+    assert (short["run"], long["run"], shipped["run"]) == ("osv", "osv x 6", "shipped")
+    assert shipped["one"]["fvd_difference"] == "+2.0 (+2.0 to +2.0)"
     assert short["one"]["fvd_difference"] == "-14.0 (-14.0 to -14.0)" and short["one"]["fvd_here"] == "yes"
     assert long["one"]["fvd_difference"] == "+3.0 (+3.0 to +3.0)"
     assert long["one"]["bad_difference"].startswith("-3.1%")
