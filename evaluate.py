@@ -398,7 +398,7 @@ class Report:
         row = {"run": run, "sampler": name, "seed": seed, "steps": steps, "nfe": nfe}
         self.rows[run, name, seed] = row | values | more
         shown = "  ".join(f"{figure} {x:.3g}" for figure, x in values.items() if isinstance(x, float))
-        print(f"{run:24}{name:15}seed {seed}  NFE {nfe:3}  {shown}", flush=True)
+        print(f"{run:23} {name:14} seed {seed}  NFE {nfe:3}  {shown}", flush=True)
         if pictured:
             self.shown.append(clips)
         self.write()

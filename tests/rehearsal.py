@@ -276,7 +276,8 @@ PRESETS = {}
 for stage, batch, flags in ((1, 8 if full else 2, AT1), (2, 2, f"{AT2} --stage1 none")):
     for name, preset, clips, gib in (("single", "paper --batch_size 1", 1, None),
                                      ("one_gpu", f"one_gpu{SMALL}", batch, None),
-                                     ("24gb", f"one_gpu_24gb{SMALL}", batch, 23)):
+                                     ("24gb", f"one_gpu_24gb{SMALL}", batch, 23),
+                                     ("24gb_graphs", f"one_gpu_24gb{SMALL} --cuda_graph", batch, 23)):
         PRESETS[f"dry{stage}_{name}"] = Leg(
             f"stage {stage}, --preset {preset}", [f"train_stage{stage}.py --preset {preset} {NETWORKS} "
             f"{VIDEOS} {flags} --dry_run --output_dir WORK/dry{stage}_{name}"],

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, unet_config
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -144,6 +144,14 @@ def test_a_network_is_trained_again_and_replaced(python, toy, tmp_path):
     assert (tmp_path / "toy/i3d/model.safetensors").read_bytes() != before
     assert {path.name for path in (tmp_path / "toy/.train").iterdir()} == {
         "report.json", "report_reconstructions.jpg", "report_samples.jpg"}
+
+
+def test_a_unet_of_another_model_is_refused(python, toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "toy")
+    save_network(model.UNet(**unet_config((32, 64))), tmp_path / "other/unet")
+    flags = "--stages", "unet", "--overwrite", "--unet_init", str(tmp_path / "other")
+    run = train_toy([python], tmp_path / "toy", *flags)
+    assert run.returncode == 2 and "image embeddings" in run.stderr and "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -344,6 +344,7 @@ def train_unet():
     num_clips, b = args.num_clips // world.size, args.unet_batch_size // world.size
     vae = kernels.fast(model.load_vae(args.output_dir, dtype=dtype, device=device))
     image_encoder = model.load_image_encoder(args.output_dir, dtype=dtype, device=device)
+    checkpoint.check_fit(unet, vae, image_encoder)          # --unet_init may name another model
     latents = data.toy_latents(vae, image_encoder, args.seed, num_clips, args.num_frames, args.size, device,
                                first=world.rank * num_clips)
     if device.type == "cuda":                               # torch.compile fuses the many small layers
