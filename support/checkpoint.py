@@ -140,11 +140,11 @@ def save_network(net, folder, dtype=None, variant=None):
 
 def check_fit(unet, vae, image_encoder):
     """Raises ModelError for networks of different models, which cannot work together."""
-    takes = [unet.config["cross_attention_dim"], unet.config["in_channels"]]
-    found = [image_encoder.config["projection_dim"], 2 * vae.config["latent_channels"]]
+    takes = [unet.config[size] for size in ("cross_attention_dim", "in_channels", "out_channels")]
+    found = [image_encoder.config["projection_dim"], *(n * vae.config["latent_channels"] for n in (2, 1))]
     if takes != found:
-        raise ModelError(f"the UNet takes image embeddings and channels {takes}, the other networks of "
-                         f"--model make {found}: are all of them from one model?")
+        raise ModelError(f"the UNet has image embeddings, input and output channels of {takes}, the other "
+                         f"networks need {found}: are all of them from one model?")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -295,8 +295,8 @@ def start_training(parser, presets):
     if args.dry_run:
         args.report_to, args.validation_teacher_steps = "none", 1
     if args.deterministic:                          # before the first use of a GPU, which reads the setting
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)            # with warn_only, attention would not repeat
     world = start_world(args.device)
     if args.batch_size % (world.size * args.gradient_accumulation_steps):
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {world.size} processes times "

@@ -9,7 +9,8 @@ makes its own videos. LEGS is the table of what runs: each leg has commands, che
 and reads the folders of legs above it: dry runs those of pipeline, videos and check. A leg that passes leaves
 the marker WORK/NAME.json, and is skipped when the script starts again with the same --work. To stop the
 script from outside, send it SIGTERM (`timeout 570 python ..`): it ends the command in progress, too. The exit
-status is 1 if a check failed. Memory is that of the GPU if a log has it, else of the process.
+status is 1 if a check failed. Memory is what PyTorch allocated, if a log has it; else what came to be in use
+on the GPU; without a GPU, that of the process.
 """
 import json
 import os
@@ -204,13 +205,15 @@ def trained(num_steps, pattern, folder):
     yield "trained tensors that changed", bool(changed), f"{len(changed)} of {len(free)}"
 
 
-def resumed(straight, first, start, folder):
+def resumed(straight, first, start, twice, folder):
     """A stopped and resumed run against the run `straight`. first: steps at which the resumed run may begin.
-    start: folder with the first weights, None for a LoRA whose B starts at 0."""
+    start: folder with the first weights, None for a LoRA whose B starts at 0. twice: number of steps that the
+    first process ran after its last checkpoint, at least, and the second one again."""
     begins = [*map(int, re.findall(r"; from step (\d+)", folder.with_suffix(".log").read_text()))]
     yield "first step of each process", len(begins) == 2 and begins[1] in first, begins
     ours, theirs = (checkpoint.read_lines(path / "metrics.jsonl") for path in (folder, work / straight))
     killed = [row for row in checkpoint.read_lines(folder / "killed.jsonl") if row["step"] > begins[-1]]
+    yield "steps that ran twice", len(killed) >= twice, len(killed)
     for name in ("loss_d", "loss_huber", "loss_adv"):
         apart = [abs(a[name] / b[name] - 1) for a, b in zip(ours, theirs)]
         yield f"{name}: the same before the resume, of two runs", None, max(apart[:min(first)])
@@ -222,7 +225,7 @@ def resumed(straight, first, start, folder):
     a, b, begin = (tensors(path, "student") if path else {} for path in (folder, work / straight, start))
     square = lambda other: sum((b[k] - other.get(k, 0)).square().sum().item() for k in b if "lora_B" in k)
     apart = (square(a) / square(begin)) ** 0.5
-    yield "distance of lora_B, relative to how far it moved", None if on_gpu else apart == 0, apart
+    yield "distance of lora_B, relative to how far it moved", apart <= 6 * TOLERANCE, apart
 
 
 def video(name, size, folder):
@@ -299,14 +302,14 @@ LEGS = {
         f"{RUN1} --validation_steps 99 --output_dir WORK/stage1_straight"], AFTER1),
     "stage1": Leg(f"stage 1, SIGKILL at {KILL_AT}, resumed", [
         f"{RUN1} --validation_steps {STEPS1} --output_dir WORK/stage1"], [
-        *AFTER1, partial(resumed, "stage1_straight", [SAVE_AT], None),
+        *AFTER1, partial(resumed, "stage1_straight", [SAVE_AT], None, KILL_AT - SAVE_AT),
         partial(video, f"sample-{STEPS1:06d}.mp4", SIZE1), has(f"sample-{STEPS1:06d}.png")],
         (signal.SIGKILL, KILL_AT)),
     "stage2_straight": Leg(f"stage 2, {STEPS2} steps", [
         f"{RUN2} --validation_steps 99 --output_dir WORK/stage2_straight"], AFTER2),
     "stage2": Leg(f"stage 2, SIGTERM at {TERM_AT}, resumed", [
         f"{RUN2} --validation_steps {STEPS2} --output_dir WORK/stage2"], [
-        *AFTER2, partial(resumed, "stage2_straight", range(TERM_AT, STEPS2), work / "stage1"),
+        *AFTER2, partial(resumed, "stage2_straight", range(TERM_AT, STEPS2), work / "stage1", 0),
         partial(video, f"sample-{STEPS2:06d}.mp4", SIZE2), has(f"sample-{STEPS2:06d}.png")],
         (signal.SIGTERM, TERM_AT)),
     "one_step": Leg("sampler.py, one step", [f"{SAMPLE} --no_tts --out WORK/one_step/out.mp4"], [
@@ -341,8 +344,11 @@ def stop_all(number, _):
 
 
 def run(command, log, stop=None, gib=None):
-    """Runs a command until it ends -> (exit status, resident GB). stop: (signal, step, metrics.jsonl): sends
-    the signal when the log has this many lines, one per step. gib: as in Leg."""
+    """Runs a command until it ends -> (exit status, GB that came to be in use on the GPU; without one, those
+    of the process). stop: (signal, step, metrics.jsonl): sends the signal when the log has this many lines,
+    one per step. gib: as in Leg."""
+    free = lambda: torch.cuda.mem_get_info(args.device)[0] if on_gpu else 0
+    before = least = free()
     argv = [sys.executable, *(part.replace("WORK", str(work)) for part in command.split())]
     settings = {"HF_HUB_OFFLINE": "1", "OSV_REHEARSAL": str(work)}
     if gib and on_gpu:
@@ -357,12 +363,13 @@ def run(command, log, stop=None, gib=None):
         if stop and stop[2].exists() and stop[2].read_bytes().count(b"\n") >= stop[1]:
             os.kill(child.pid, stop[0])
             stop = None
+        least = min(least, free())
         time.sleep(0.02)
     # Before wait4: afterwards another process may have this number, and stop_all would kill that one.
     RUNNING.clear()
     ended = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(ended[1])
-    return child.returncode, ended[2].ru_maxrss * 1024 / 1e9
+    return child.returncode, (before - least if on_gpu else ended[2].ru_maxrss * 1024) / 1e9
 
 
 def run_leg(name, leg):
@@ -377,10 +384,10 @@ def run_leg(name, leg):
     if leg.stop:
         runs.insert(0, (leg.commands[0], (*leg.stop, folder / "metrics.jsonl")))
     for command, stop in runs:
-        if leg.stop and not stop:
+        if leg.stop and not stop and (folder / "metrics.jsonl").exists():
             shutil.copy(folder / "metrics.jsonl", folder / "killed.jsonl")      # a resume shortens it
-        status, resident = run(command, log, stop, leg.gib)
-        memory = max(memory, resident)
+        status, used = run(command, log, stop, leg.gib)
+        memory = max(memory, used)
         add("exit status", status == (-9 if stop and stop[0] == signal.SIGKILL else 0), status)
     seconds, text = time.time() - began, log.read_text()
     on_card = [float(a or b) for a, b in re.findall(
@@ -407,8 +414,8 @@ def run_leg(name, leg):
         shutil.rmtree(path)
     told, passed = ([row for row in rows if (row["passed"] is None) == told] for told in (True, False))
     return {"leg": name, "what": leg.what, "commands": [f"python {command}" for command, _ in runs],
-            "seconds": seconds, "peak_memory_gb": max(on_card, default=memory),
-            "memory": "GPU" if on_card else "process", "disk_gb": disk, "gib_allowed": leg.gib,
+            "seconds": seconds, "peak_memory_gb": max(on_card, default=memory), "disk_gb": disk,
+            "memory": "PyTorch" if on_card else "GPU" if on_gpu else "process", "gib_allowed": leg.gib,
             "figures": {row["check"]: row["value"] for row in told},
             "passed": f"{sum(row['passed'] for row in passed)} of {len(passed)}", "checks": passed}
 

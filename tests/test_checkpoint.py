@@ -497,9 +497,10 @@ def test_hub_errors_are_one_sentence(monkeypatch, error, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [None, "cross_attention_dim", "in_channels"])
+@pytest.mark.parametrize("wrong", [None, "cross_attention_dim", "in_channels", "out_channels"])
 def test_networks_of_two_models_do_not_fit(wrong):
-    configs = {"cross_attention_dim": 64, "in_channels": 8}, {"latent_channels": 4}, {"projection_dim": 64}
+    unet = {"cross_attention_dim": 64, "in_channels": 8, "out_channels": 4}
+    configs = unet, {"latent_channels": 4}, {"projection_dim": 64}
     nets = [SimpleNamespace(config=config) for config in configs]
     if not wrong:
         return checkpoint.check_fit(*nets)

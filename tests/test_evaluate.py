@@ -772,12 +772,13 @@ def test_of_two_learning_rates_the_better_one_is_shown(tmp_path):
 
 def test_changes_are_compared_with_none():
     row = lambda run, name, seed, fvd, bits: {
-        **FIGURES, "run": run, "sampler": name, "seed": seed, "fvd": fvd, "bad": bits / 64,
-        "bad_interval": 0.1, "bad_clips": f"{2 ** bits - 1:x}"}
+        **FIGURES, "run": run, "change": {"base": "as it is"}.get(run, "more"), "sampler": name, "seed": seed,
+        "fvd": fvd, "bad": bits / 64, "bad_interval": 0.1, "bad_clips": f"{2 ** bits - 1:x}"}
     rows = [row("base", name, seed, 20.0 + seed, 32) for name in ("1", "tts") for seed in (0, 1)]
     rows += [row("new", name, seed, 10.0 + seed, 40) for name in ("1", "tts") for seed in (0, 1)]
     rows[-1] |= row("new", "tts", 1, 13.0, 32)
-    report = {"protocol": {"clips": 64}, "changes": {"base": "as it is", "new": "more"}, "rows": rows}
+    rows.append(row("stopped half way", "1", 0, 9.0, 3))
+    report = {"protocol": {"clips": 64}, "rows": rows}
     base, new = pages.one_step(report)
     assert base["change"] == "as it is" and base["one"]["fvd"] == 20.5 and base["tts"]["bad"] == 0.5
     assert "bad_difference" not in base["one"]
@@ -799,6 +800,8 @@ def test_recipes_are_compared_at_equal_time():
     short, _, long, shipped = pages.recipes({"protocol": {"clips": 64}, "rows": rows})
     assert (short["run"], long["run"], shipped["run"]) == ("osv", "osv x 6", "shipped")
     assert shipped["one"]["fvd_difference"] == "+2.0 (+2.0 to +2.0)"
+    del rows[-1]                                        # a table that stopped half way
+    assert len(list(pages.recipes({"protocol": {"clips": 64}, "rows": rows}))) == 3
     assert short["one"]["fvd_difference"] == "-14.0 (-14.0 to -14.0)" and short["one"]["fvd_here"] == "yes"
     assert long["one"]["fvd_difference"] == "+3.0 (+3.0 to +3.0)"
     assert long["one"]["bad_difference"].startswith("-3.1%")

@@ -81,15 +81,13 @@ def measure(name, fn, args, *networks, counted=None):
     try:
         with FlopCounterMode(display=False) as counter:
             (counted or fn)()
-        for _ in range(args.warmup):
-            fn()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         # PyTorch's timer waits for the GPU, then reads the clock.
-        seconds = timeit.repeat(fn, timer=benchmark.timer, repeat=args.repeats, number=1)
+        seconds = timeit.repeat(fn, timer=benchmark.timer, repeat=args.warmup + args.repeats, number=1)
     except torch.cuda.OutOfMemoryError:
         return tell(name, error="out of memory")
-    ms, tflop = statistics.median(seconds) * 1e3, counter.get_total_flops() / 1e12
+    ms, tflop = statistics.median(seconds[args.warmup:]) * 1e3, counter.get_total_flops() / 1e12
     memory_gib = (torch.cuda.max_memory_allocated() - others) / 2**30 if on_gpu else None
     return tell(name, tflop=tflop, ms=ms, share=tflop / ms * 1e3 / args.ceiling, memory_gib=memory_gib)
 
