@@ -120,6 +120,7 @@ UNITS = {"%": 100, "s": 1e-3, "seconds": 1e-3, "TB": 1e-6}
 # from other entries of the page; or in words, where they are from.
 CONSTANTS = {1, 8, 10, 60, 1000, 3600, 1e6}
 ELSEWHERE = {
+    "README.md": {"15.7": "hours, 3:41:04 and 11:58:14", "23": "the limit of the memory"},
     "docs/decisions.md": {"2.5": "a default of --guidance"},
     "docs/full_size.md": {
         "2000": "the paper", "20000": "the paper", "40000": "clips of stage 2", "10.5": "3.2 + 7.3",
