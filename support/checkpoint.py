@@ -141,7 +141,7 @@ def save_network(net, folder, dtype=None, variant=None):
 def check_fit(unet, vae, image_encoder):
     """Raises ModelError for networks of different models, which cannot work together."""
     takes = [unet.config[size] for size in ("cross_attention_dim", "in_channels", "out_channels")]
-    found = [image_encoder.config["projection_dim"], *(n * vae.config["latent_channels"] for n in (2, 1))]
+    found = [image_encoder.config["projection_dim"], 2 * (c := vae.config["latent_channels"]), c]
     if takes != found:
         raise ModelError(f"the UNet has image embeddings, input and output channels of {takes}, the other "
                          f"networks need {found}: are all of them from one model?")

@@ -294,9 +294,10 @@ def start_training(parser, presets):
     args.num_clips = args.overfit or args.num_clips                     # of the toy world
     if args.dry_run:
         args.report_to, args.validation_teacher_steps = "none", 1
-    if args.deterministic:                          # before the first use of a GPU, which reads the setting
+    if args.deterministic:
+        # cuBLAS reads this at the first use of a GPU. With another setting it may sum in another order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)            # with warn_only, attention would not repeat
+        torch.use_deterministic_algorithms(True)            # with warn_only=True attention would not repeat
     world = start_world(args.device)
     if args.batch_size % (world.size * args.gradient_accumulation_steps):
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {world.size} processes times "

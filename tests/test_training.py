@@ -696,13 +696,14 @@ def test_deterministic_trainings_repeat_and_resume_bit_for_bit(train, stage, mor
 
 
 def tell_deterministic():
-    torch.use_deterministic_algorithms = lambda *args, **kwargs: print("deterministic", args, kwargs)
+    torch.use_deterministic_algorithms = lambda *args, **kwargs: print(
+        "deterministic", args, kwargs, os.environ["CUBLAS_WORKSPACE_CONFIG"])
 
 
 @pytest.mark.parametrize("flag", [True, False])
 def test_deterministic_asks_torch(train, flag):
     run = train(1, "--max_train_steps 1" + " --deterministic" * flag, before=tell_deterministic).wait()
-    assert run.status == 0 and ("deterministic (True,)" in run.stdout) == flag, run.stderr
+    assert run.status == 0 and ("deterministic (True,) {} :4096:8" in run.stdout) == flag, run.stderr
 
 
 def test_plain_networks_compute_the_same(train, whole, tmp_path):

@@ -137,9 +137,9 @@ def recipes(report):
     evaluations, where ours is sampled with Time Travel."""
     rows, clips = over_seeds(report["rows"]), report["protocol"]["clips"]
     for run, length in (("osv", ""), ("osv x 2.5", " x 2.5"), ("osv x 6", " x 6"), ("shipped", " x 12.5")):
-        with suppress(KeyError):                            # a table that stopped half way
-            one, two = (dict(compared(rows[f"{run}, {ours}"], rows[f"{BETTER}{length}, {theirs}"], clips))
-                        for ours, theirs in (("1", "1"), ("tts", "2")))
+        with suppress(KeyError):                            # not measured yet
+            one = dict(compared(rows[f"{run}, 1"], rows[f"{BETTER}{length}, 1"], clips))
+            two = dict(compared(rows[f"{run}, tts"], rows[f"{BETTER}{length}, 2"], clips))
             yield {"run": run, "one": one, "two": two}
 
 
@@ -148,7 +148,7 @@ def one_step(report):
     the first, which is without a change."""
     rows, base, clips = over_seeds(report["rows"]), report["rows"][0]["run"], report["protocol"]["clips"]
     for run, change in {row["run"]: row["change"] for row in report["rows"]}.items():
-        with suppress(KeyError):                            # a table that stopped half way
+        with suppress(KeyError):                            # not measured yet
             pairs = [(rows[f"{run}, {name}"], rows[f"{base}, {name}"]) for name in ("1", "tts")]
             one, tts = (a | dict(compared(a, b, clips)) if run != base else a for a, b in pairs)
             yield {"change": change, "one": one, "tts": tts}
