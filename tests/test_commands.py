@@ -212,7 +212,7 @@ LEFT_OUT = {
         "a GPU; tests/test_evaluate.py has a small one",
     "python -m tools.tables table2 --report results/table2.json": "the same",
     "python -m tools.tables budgets --report results/budgets.json": "the same",
-    "python -m tools.tables one_step --seeds 0 --report results/one_step.json": "the same, with the patch",
+    "python -m tools.tables one_step --report results/one_step.json": "the same, with the patch",
     "git apply results/one_step.patch": "changes the code; tests/test_evaluate.py checks that it applies",
     "python -m tools.pages": "rewrites the pages under test; tests/test_evaluate.py has one of its own",
     "python -m tools.bench nets ...": "a GPU",
