@@ -662,6 +662,12 @@ def test_the_unet_discriminator_gives_the_same_losses_in_any_batch_split(train):
         assert [a[name] for name in LOSSES] == pytest.approx([b[name] for name in LOSSES], rel=1e-4)
 
 
+def full_fp32():
+    """Without TF32, with which rounding errors of 1e-7 grow to 1.5 % of loss_huber in step 2."""
+    torch.set_float32_matmul_precision = lambda precision: None
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @needs_gpu
 @pytest.mark.parametrize("kind", ["latent", "subpixel", "pixel", "unet"])
 @BOTH
@@ -672,7 +678,7 @@ def test_recorded_trainings_have_the_same_losses(train, stage, kind):
     flags += " --stage1 none" * (stage == 2)
     recorded = ("--cuda_graph", "--cuda_graph --keep_activations",
                 "--cuda_graph --keep_activations --gradient_checkpointing")
-    plain, *runs = [train(stage, f"{flags} {more}") for more in ("", *recorded)]
+    plain, *runs = [train(stage, f"{flags} {more}", before=full_fp32) for more in ("", *recorded)]
     expected = [[row[name] for name in LOSSES] for row in metrics(plain.wait().folder)]
     for run in runs:
         assert run.wait().status == 0, run.stderr
