@@ -134,7 +134,8 @@ ELSEWHERE = {
         "0.03": "0.010532 + 0.017576", "0.9": "0.107016 + 0.825304"},
     "docs/tables.md": {"2048": "2048", "95": "the level of the intervals", "0.93": "7.31170 / 7.87119",
                        "2.1": "the paper: 335.36 / 156.94", "1.8": "13.9595 / 7.87119",
-                       "4.4": "11.3298 - 6.93736", "6.6": "in the table, 13.9595 - 7.31170"},
+                       "4.4": "11.3298 - 6.93736", "6.6": "in the table, 13.9595 - 7.31170",
+                       "2.3": "in LOG.md, clip by clip"},
     "docs/toy_world.md": {"512": "512", "41.5": "41.5475", "0.4": "0.357353"},
     "docs/training.md": {
         "158": "seconds, with the steps after the last line of the log", "1240": "steps", "465": "their sum",

@@ -663,7 +663,7 @@ def test_the_unet_discriminator_gives_the_same_losses_in_any_batch_split(train):
 
 
 def full_fp32():
-    """Without TF32, with which rounding errors of 1e-7 grow to 1.5 % of loss_huber in step 2."""
+    """Without TF32, which may explain differences of 2 % (LOG.md, "The whole way again")."""
     torch.set_float32_matmul_precision = lambda precision: None
     torch.backends.cudnn.allow_tf32 = False
 
@@ -680,10 +680,12 @@ def test_recorded_trainings_have_the_same_losses(train, stage, kind):
                 "--cuda_graph --keep_activations --gradient_checkpointing")
     plain, *runs = [train(stage, f"{flags} {more}", before=full_fp32) for more in ("", *recorded)]
     expected = [[row[name] for name in LOSSES] for row in metrics(plain.wait().folder)]
-    for run in runs:
+    apart = {}
+    for more, run in zip(recorded, runs):
         assert run.wait().status == 0, run.stderr
         losses = [[row[name] for name in LOSSES] for row in metrics(run.folder)]
-        assert losses == [pytest.approx(row, rel=1e-2) for row in expected]
+        apart[more] = [[abs(x / y - 1) for x, y in zip(*rows)] for rows in zip(losses, expected, strict=True)]
+    assert max(x for rows in apart.values() for row in rows for x in row) < 1e-2, apart
     assert len(expected) == 6 and len({loss for row in expected for loss in row}) == 18
 
 
