@@ -301,12 +301,12 @@ def choose_sampler(args, net, device):
         tts = steps == 1 if args.tts is None else args.tts
         sigmas = strided(karras_sigmas(NUM_SIGMAS), 2 if tts else steps)
         name = f"{steps}-step student" + " with Time Travel Sampler" * tts
-        return partial(sample, net, sigmas=sigmas, tts=tts), f"{name}, {len(sigmas) - 1} network evaluations"
+        return partial(sample, net, sigmas=sigmas, tts=tts), f"{name}, network evaluations: {len(sigmas) - 1}"
     steps, guidance = args.steps or 25, (args.min_guidance_scale, args.max_guidance_scale)
     guidance = guidance if max(guidance) > 1 else None
     draw = partial(sample_teacher, net, sigmas=karras_sigmas(steps), guidance=guidance,
                    progress=progress_bar("denoise"))
-    return draw, f"{steps}-step teacher, {steps * (2 if guidance else 1)} network evaluations"
+    return draw, f"{steps}-step teacher, network evaluations: {steps * (2 if guidance else 1)}"
 
 
 def progress_bar(name):

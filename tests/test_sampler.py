@@ -170,7 +170,7 @@ def test_the_student_that_ships(run, tmp_path):
     done = run("--image", ROOT / "assets" / "input.png", "--num_videos", 2, "--out", tmp_path / "out.png",
                "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "1-step student with Time Travel Sampler, 2 network evaluations" in done.stdout
+    assert "1-step student with Time Travel Sampler, network evaluations: 2" in done.stdout
     assert "toy model: it knows moving shapes, not photographs" in done.stderr
     assert "wrote" in done.stdout and "memory" in done.stdout
     sheets = torch.from_numpy(np.stack([Image.open(tmp_path / f"out_{i}.png") for i in range(2)]))
