@@ -150,8 +150,11 @@ def test_a_unet_of_another_model_is_refused(python, toy, tmp_path):
     shutil.copytree(toy, tmp_path / "toy")
     save_network(model.UNet(**unet_config((32, 64))), tmp_path / "other/unet")
     flags = "--stages", "unet", "--overwrite", "--unet_init", str(tmp_path / "other")
+    (checkpointed := tmp_path / "toy/.train/unet/checkpoint-0000001").mkdir(parents=True)
     run = train_toy([python], tmp_path / "toy", *flags)
     assert run.returncode == 2 and "image embeddings" in run.stderr and "Traceback" not in run.stderr
+    assert checkpointed.exists()                    # --overwrite deletes nothing before the check
+    assert train_toy([python], tmp_path / "toy", *flags[:3]).returncode == 0 and not checkpointed.exists()
 
 
 @pytest.mark.parametrize("flags, says", [

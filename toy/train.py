@@ -143,6 +143,9 @@ def train(stage, net, loss_of):
                                            if name.startswith((stage, "seed", "size", "num_", "ema_decay"))}
     if world.rank == 0:
         checkpoint.lock(work / stage)
+        for old in (work / stage).glob("[!.]*") if args.overwrite else ():       # also what publish left
+            shutil.rmtree(old)
+    engine.any_rank(False, device)                  # the other ranks wait until old checkpoints are gone
     first = checkpoint.load_checkpoint(work / stage, "latest", config, partial(checkpoint.restore, *state))
 
     generator, losses = torch.Generator(device), []
@@ -430,8 +433,6 @@ def report():
 
 for name, train_it in zip(STEPS, (train_vae, train_image_encoder, train_dinov2, train_i3d, train_unet)):
     if name in args.stages and (args.overwrite or not (args.output_dir / name / "config.json").exists()):
-        if args.overwrite:
-            shutil.rmtree(work / name, ignore_errors=True)
         torch.manual_seed(args.seed)                # initial weights do not depend on the stages before
         train_it()
     elif name in args.stages and world.rank == 0:
