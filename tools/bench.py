@@ -82,8 +82,8 @@ def measure(name, fn, args, *networks, counted=None):
         with FlopCounterMode(display=False) as counter:
             (counted or fn)()
         # PyTorch's timer waits for the GPU, then reads the clock. The peak memory is that of the last call.
-        seconds = timeit.repeat(fn, torch.cuda.reset_peak_memory_stats if on_gpu else "pass", benchmark.timer,
-                                repeat=args.warmup + args.repeats, number=1)
+        seconds = timeit.repeat(fn, setup=torch.cuda.reset_peak_memory_stats if on_gpu else "pass",
+                                timer=benchmark.timer, repeat=args.warmup + args.repeats, number=1)
     except torch.cuda.OutOfMemoryError:
         return tell(name, error="out of memory")
     ms, tflop = statistics.median(seconds[args.warmup:]) * 1e3, counter.get_total_flops() / 1e12

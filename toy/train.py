@@ -131,7 +131,8 @@ def train(stage, net, loss_of):
     """Trains `net` by Adam, with warm-up and cosine decay, and leaves the averaged weights in it.
 
     loss_of(step, generator) must depend on the weights and its arguments only. On a GPU the network computes
-    in bf16; the optimiser has fp32 master weights. Resumes from a checkpoint; exits with status 3 if stopped.
+    in bf16; the optimiser has fp32 master weights. Resumes from a checkpoint; --overwrite deletes it
+    first. Exits with status 3 if stopped.
     """
     steps, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
     weights = engine.MasterWeights(net, [name for name, _ in net.named_parameters()])
@@ -143,8 +144,8 @@ def train(stage, net, loss_of):
                                            if name.startswith((stage, "seed", "size", "num_", "ema_decay"))}
     if world.rank == 0:
         checkpoint.lock(work / stage)
-        for old in (work / stage).glob("[!.]*") if args.overwrite else ():       # also what publish left
-            shutil.rmtree(old)
+        for old in (work / stage).glob("[!.]*") if args.overwrite else ():      # all but the lock
+            shutil.rmtree(old, ignore_errors=True)
     engine.any_rank(False, device)                  # the other ranks wait until old checkpoints are gone
     first = checkpoint.load_checkpoint(work / stage, "latest", config, partial(checkpoint.restore, *state))
 
