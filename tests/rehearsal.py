@@ -6,13 +6,13 @@
 
 It is run by hand, not by pytest, and needs diffusers and PEFT. At full size, weights are random. The script
 makes its own videos. LEGS is the table of what runs: each leg has commands, checks and a folder WORK/NAME,
-and reads the folders of legs above it: dry runs those of pipeline, videos and check. A leg that passes leaves
-the marker WORK/NAME.json, and is skipped when the script starts again with the same --work. To stop the
-script from outside, send it SIGTERM (`timeout 570 python ..`): it ends the command in progress, too. The exit
-status is 1 if a check failed.
+and reads folders of legs above it. Dry runs read only those of pipeline, videos and check. A leg that passes
+leaves the marker WORK/NAME.json, and is skipped when the script starts again with the same --work. To stop
+the script from outside, send it SIGTERM (`timeout 570 python ..`): it ends the command in progress, too. The
+exit status is 1 if a check failed.
 
-Memory in the report: if the command prints how much PyTorch allocated on the GPU, this. If not, how much more
-of the GPU was in use than before the command. Without a GPU, that of the process.
+Memory in the report is what PyTorch allocated on the GPU, if the command prints it. Otherwise it is how much
+more of the GPU was in use than before the command; without a GPU, the memory of the process.
 """
 import json
 import os
