@@ -48,7 +48,8 @@ PRESETS = {
                   validation_steps=500, checkpointing_steps=500, log_steps=10),
 }
 # The same on one GPU: the gradients of two clips add up, one clip after the other. one_gpu allocates 22 GB,
-# one_gpu_24gb 20 GB. CUDA graphs do not fit into 23 GiB, even without keep_activations.
+# one_gpu_24gb 20 GB. It has no CUDA graphs. With them stage 2 runs out of 23 GiB, even if it keeps no
+# activations.
 PRESETS["one_gpu"] = PRESETS["paper"] | dict(gradient_accumulation_steps=2, keep_activations=True)
 PRESETS["one_gpu_24gb"] = PRESETS["one_gpu"] | dict(cuda_graph=False)
 
